@@ -1,0 +1,234 @@
+"""Op, TensorOp, Publisher, Ref, Artifact, Context: all that a contributor must read to add a step.
+
+An op is a frozen Pydantic model: its fields are its part of a recipe and its identity. A field whose type is a `Ref`
+is an edge of the graph. `run(ctx)` reads its inputs through `ctx`, writes its files under `ctx.out`, returns the facts
+worth keeping (JSON), and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from hubforge.errors import StepError
+from hubforge.events import Event, Note, Progress, Warned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["model", "adapter", "mask", "dataset", "gguf", "metrics", "card", "receipt"]
+Metrics = dict[str, Any]  # JSON: what a step found out; kept in the manifest and shown on the card
+T = TypeVar("T")
+Section = Literal["sources", "masks", "adapters", "stages", "quantize", "evals", "publish"]
+
+
+class Ref(str):
+    """The name of a source or step, as written in a recipe. A field of this type is an edge of the graph."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls,
+            core_schema.str_schema(strict=True, min_length=1),
+            serialization=core_schema.plain_serializer_function_ser_schema(str),
+        )
+
+
+class ModelRef(Ref):
+    """The name of a model: a source or a stage."""
+
+    kinds = ("model",)
+
+
+class AdapterRef(Ref):
+    """The name of an adapter: a source, a trained adapter, or a stage that merges adapters."""
+
+    kinds = ("adapter",)
+
+
+class MaskRef(Ref):
+    """The name of a mask: a source or an entry under `masks`."""
+
+    kinds = ("mask",)
+
+
+class DatasetRef(Ref):
+    """The name of a dataset source."""
+
+    kinds = ("dataset",)
+
+
+class GgufRef(Ref):
+    """The name of a GGUF file: a source or an entry under `quantize`, such as `gguf/Q6_K`."""
+
+    kinds = ("gguf",)
+
+
+class ModelOrGgufRef(Ref):
+    """The name of something that generates text: a model or a GGUF file."""
+
+    kinds = ("model", "gguf")
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """One file of an artifact: path relative to its folder with forward slashes, bytes, sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a step or source left behind: a folder, and the facts of its manifest.
+
+    For a source that is a single file, `path` is that file.
+    """
+
+    name: str
+    kind: Kind
+    key: str
+    path: Path
+    files: tuple[FileDigest, ...] = ()
+    metrics: Metrics = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)  # a source: repo, commit, licence ...; a step: its op
+
+    def read_json(self, name: str) -> Any:
+        """The JSON file of that name in the artifact's folder; StepError when it is missing or not JSON."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StepError(f"{name} of {self.name!r} cannot be read: {error}", where=str(self.path)) from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the person at the terminal decides, and no key depends on."""
+
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
+    offline: bool = False
+    memory: int = 2 << 30  # bytes a streaming step may hold
+    llama_cpp: Path | None = None  # a llama.cpp checkout to convert with
+    cache: Path | None = None  # tools fetched once (converter trees); None: the user's cache folder
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a running op may touch."""
+
+    name: str  # of the step, e.g. "stages.healed" or "evals.ifeval/gguf/Q6_K"
+    out: Path  # write here and nowhere else; after a kill it still holds what was written before
+    inputs: Mapping[str, Artifact]
+    settings: Settings = Settings()
+    seed: int = 0
+    where: str = ""  # `recipes/x.yaml:41`, for errors
+    report: Callable[[Event], None] = lambda event: None
+
+    def artifact(self, ref: Ref) -> Artifact:
+        """What that ref points to."""
+        return self.inputs[str(ref)]
+
+    def path(self, ref: Ref) -> Path:
+        """The folder (or, for a single-file source, the file) that ref points to."""
+        return self.inputs[str(ref)].path
+
+    def note(self, text: str) -> None:
+        self.report(Note(self.name, text))
+
+    def warn(self, text: str) -> None:
+        self.report(Warned(self.name, text))
+
+    def progress(self, done: float, total: float | None, unit: str = "", what: str = "") -> None:
+        """Say how far this step is. Cheap: reporters drop what comes too fast to read."""
+        self.report(Progress(self.name, what, done, total, unit))
+
+    def track(self, items: Iterable[T], total: int | None = None, unit: str = "", what: str = "") -> Iterator[T]:
+        """The items, with progress reported after each."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        for done, item in enumerate(items, 1):
+            yield item
+            self.progress(done, total, unit, what)
+
+    @cached_property
+    def device(self) -> str:
+        """The torch device to compute on: the one asked for, else CUDA, else the CPU."""
+        if self.settings.device != "auto":
+            return self.settings.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step will take, as far as its fields tell; for launchers and the preflight. Bytes."""
+
+    gpus: int = 0
+    memory: int = 0
+    disk: int = 0
+
+
+class Op(BaseModel):
+    """One kind of step. A subclass in `hubforge/<section>/<name>.py` *is* `op: <name>` of that section.
+
+    The first line of its docstring is what `hubforge ops` and the cards say it does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, use_attribute_docstrings=True)
+
+    makes: ClassVar[Kind]
+    version: ClassVar[int] = 1  # bump when the same fields would give other bytes
+    pins: ClassVar[tuple[str, ...]] = ()  # packages whose version is part of the key
+    exact: ClassVar[bool] = True  # False: the same key may give other bytes (another machine, a GPU)
+    requires: ClassVar[tuple[str, ...]] = ()  # importable modules it needs; `doctor` and the preflight read this
+    extra: ClassVar[str] = ""  # the hubforge extra that brings them, e.g. "gguf"
+    formula: ClassVar[str] = ""  # one line, Unicode maths, shown on cards: "W + s·Δ"
+    source: ClassVar[str] = ""  # paper or code the method comes from
+    each: ClassVar[str] = ""  # a list field that becomes one step per entry
+    unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that change no byte of the output and so are not in the key
+
+    def expand(self, name: str) -> dict[str, Op]:
+        """The steps this recipe entry stands for, by name. One, or one per entry of the field named by `each`."""
+        if not self.each:
+            return {name: self}
+        entries = getattr(self, self.each)
+        return {f"{name}/{entry}": self.model_copy(update={self.each: type(entries)([entry])}) for entry in entries}
+
+    def needs(self) -> Needs:
+        return Needs()
+
+    def preflight(self, ctx: Context) -> None:
+        """Raise for whatever can be known before any work starts. `ctx.inputs` may lack what is not made yet."""
+
+    def run(self, ctx: Context) -> Metrics | None:
+        raise NotImplementedError(type(self).__name__)
+
+
+class TensorOp(Op):
+    """A merge method: one pure function per tensor; the engine streams, lays out, writes and resumes."""
+
+    @abstractmethod
+    def tensor(self, name: str, w: Mapping[str, Tensor], layer: int | None) -> Tensor:
+        """The output tensor `name`, float32.
+
+        w: for each ref that has it, by ref: a model's tensor, an adapter's delta (B·A·scaling), a mask's tensor;
+        float32, all of one shape. layer: the number in `layers.N.`, or None.
+        """
+
+
+class Publisher(Op):
+    """Pushes what steps made. Never cached, idempotent, and able to read back what it pushed."""
+
+    makes: ClassVar[Kind] = "receipt"
