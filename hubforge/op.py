@@ -228,7 +228,46 @@ class TensorOp(Op):
         """
 
 
+@dataclass(frozen=True)
+class UploadFile:
+    """One file to push: its path in the repository, where its bytes are, and their digest (taken when written)."""
+
+    path: str
+    content: Path | bytes
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one repository (or one folder of it) is to hold after a push."""
+
+    target: str  # the entry under `publish`
+    repo: str  # "namespace/name"
+    files: tuple[UploadFile, ...]
+    message: str  # of the commit
+    folder: str | None = None  # everything is pushed below it, but for the card at the root
+    tag: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which Hub, and as whom. The token never leaves this object: it has no place in reprs, logs or manifests."""
+
+    endpoint: str
+    token: str | None = field(default=None, repr=False)
+
+
 class Publisher(Op):
     """Pushes what steps made. Never cached, idempotent, and able to read back what it pushed."""
 
     makes: ClassVar[Kind] = "receipt"
+
+    @abstractmethod
+    def push(self, upload: Upload, hub: Hub, report: Callable[[Event], None]) -> Metrics:
+        """Make the repository hold those files in one commit, tag it, and read every digest back.
+
+        Returns {"repo", "commit", "url", "pushed": [paths], "unchanged": n, "bytes": n, "tag"}; raises PublishError,
+        or VerifyError when what is there is not what was pushed. An unchanged upload makes no commit.
+        """

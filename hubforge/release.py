@@ -79,7 +79,7 @@ class StepRecord(Record):
     seconds: float = 0.0
     exact: bool = True
     git: dict[str, Any] | None = None
-    """The repository the recipe lies in: commit (40 hex), dirty (bool), remote (URL without credentials), when known."""
+    """The repository the recipe lies in: commit (40 hex), dirty, remote (URL without credentials)."""
 
 
 class MetricRecord(Record):
