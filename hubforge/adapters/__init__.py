@@ -1,0 +1,1 @@
+"""Adapters trained here: one way to train, one file."""
