@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import Field as PydanticField
 from pydantic_core import core_schema
 
 from hubforge.errors import StepError
@@ -134,6 +135,7 @@ class Context:
     seed: int = 0
     where: str = ""  # `recipes/x.yaml:41`, for errors
     report: Callable[[Event], None] = lambda event: None
+    sha256: dict[str, str] = field(default_factory=dict)  # digests a step took while writing, by path under `out`
 
     def artifact(self, ref: Ref) -> Artifact:
         """What that ref points to."""
@@ -197,7 +199,8 @@ class Op(BaseModel):
     formula: ClassVar[str] = ""  # one line, Unicode maths, shown on cards: "W + s·Δ"
     source: ClassVar[str] = ""  # paper or code the method comes from
     each: ClassVar[str] = ""  # a list field that becomes one step per entry
-    unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that change no byte of the output and so are not in the key
+    unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that change no byte of the output: not in the key, not inputs
+    resumable: ClassVar[bool] = False  # True: run() goes on from what a killed run left in ctx.out
 
     def expand(self, name: str) -> dict[str, Op]:
         """The steps this recipe entry stands for, by name. One, or one per entry of the field named by `each`."""
@@ -216,47 +219,70 @@ class Op(BaseModel):
         raise NotImplementedError(type(self).__name__)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which rows of which tensor a TensorOp is asked for, and what is known beyond them."""
+
+    name: str  # the tensor, as the model the op starts from calls it
+    layer: int | None = None  # the number of its decoder layer; None for embeddings, norms, heads and towers
+    shape: tuple[int, ...] = ()  # of the whole tensor
+    first: int = 0  # the first row at hand
+    known: Any = None  # what `prepare` returned
+    totals: Mapping[str, float] = field(default_factory=dict)  # what `measure` found over the whole tensor
+
+
 class TensorOp(Op):
-    """A merge method: one pure function per tensor; the engine streams, lays out, writes and resumes."""
+    """A merge method: one pure function of tensors; `hubforge.tensors.engine` streams, lays out, writes and resumes.
+
+    It is called with blocks of rows, so it must work element by element but for what `measure` found; a method that
+    cannot sets `whole`. Inputs come as float32, all of one shape, by ref: a model's weights, an adapter's delta
+    (scaling * B @ A), a mask's values. A ref that lacks the tensor is absent. They must not be changed in place.
+    """
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
+        None, description="Element type of the output; by default each tensor keeps the one it has in the base model."
+    )
+    max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
+
+    @property
+    def base(self) -> str:
+        """The model whose tensors, config and tokenizer the output has."""
+        return str(getattr(self, "model"))  # noqa: B009 - a field of the subclass
+
+    def whole(self) -> bool:
+        """Whether `tensor` needs all rows of a tensor at once (it then takes the memory of the largest)."""
+        return False
+
+    def prepare(self, ctx: Context) -> Any:
+        """What the method must know of its inputs besides their tensors; found as `at.known`."""
+        return None
+
+    def changes(self, name: str, present: frozenset[str]) -> bool:
+        """Whether the output differs from the base's tensor, given the refs that have it; if not, its bytes are copied.
+
+        Raise StepError for a tensor that must not be absent.
+        """
+        return len(present) > 1
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float] | None:
+        """Numbers of these rows that `tensor` needs of the whole tensor; None when it needs none."""
+        return None
+
+    def combine(self, one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
+        """The numbers of two runs of rows together. By default sums."""
+        return {name: one[name] + other[name] for name in one}
 
     @abstractmethod
-    def tensor(self, name: str, w: Mapping[str, Tensor], layer: int | None) -> Tensor:
-        """The output tensor `name`, float32.
+    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+        """These rows of the output, float32."""
 
-        w: for each ref that has it, by ref: a model's tensor, an adapter's delta (B·A·scaling), a mask's tensor;
-        float32, all of one shape. layer: the number in `layers.N.`, or None.
-        """
+    def rename(self, name: str) -> str | None:
+        """The name of a tensor of the base in the output; None leaves it out."""
+        return name
 
-
-@dataclass(frozen=True)
-class UploadFile:
-    """One file to push: its path in the repository, where its bytes are, and their digest (taken when written)."""
-
-    path: str
-    content: Path | bytes
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What one repository (or one folder of it) is to hold after a push."""
-
-    target: str  # the entry under `publish`
-    repo: str  # "namespace/name"
-    files: tuple[UploadFile, ...]
-    message: str  # of the commit
-    folder: str | None = None  # everything is pushed below it, but for the card at the root
-    tag: str | None = None
-    private: bool = False
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Which Hub, and as whom. The token never leaves this object: it has no place in reprs, logs or manifests."""
-
-    endpoint: str
-    token: str | None = field(default=None, repr=False)
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The output's config.json, from the base's; keys keep their order and what is unknown is kept."""
+        return config
 
 
 class Publisher(Op):
