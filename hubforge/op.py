@@ -235,9 +235,11 @@ class TensorOp(Op):
     """A merge method: one pure function of tensors; `hubforge.tensors.engine` streams, lays out, writes and resumes.
 
     It is called with blocks of rows, so it must work element by element but for what `measure` found; a method that
-    cannot sets `whole`. Inputs come as float32, all of one shape, by ref: a model's weights, an adapter's delta
+    cannot overrides `whole`. Inputs come as float32, all of one shape, by ref: a model's weights, an adapter's delta
     (scaling * B @ A), a mask's values. A ref that lacks the tensor is absent. They must not be changed in place.
     """
+
+    makes: ClassVar[Kind] = "model"
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
         None, description="Element type of the output; by default each tensor keeps the one it has in the base model."
@@ -245,7 +247,7 @@ class TensorOp(Op):
     max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
     @property
-    def base(self) -> str:
+    def base_ref(self) -> str:
         """The model whose tensors, config and tokenizer the output has."""
         return str(getattr(self, "model"))  # noqa: B009 - a field of the subclass
 
@@ -283,6 +285,37 @@ class TensorOp(Op):
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The output's config.json, from the base's; keys keep their order and what is unknown is kept."""
         return config
+
+
+@dataclass(frozen=True)
+class UploadFile:
+    """One file to push: its path in the repository, where its bytes are, and their digest (taken when written)."""
+
+    path: str
+    content: Path | bytes
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What one repository (or one folder of it) is to hold after a push."""
+
+    target: str  # the entry under `publish`
+    repo: str  # "namespace/name"
+    files: tuple[UploadFile, ...]
+    message: str  # of the commit
+    folder: str | None = None  # everything is pushed below it, but for the card at the root
+    tag: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which Hub, and as whom. The token never leaves this object: it has no place in reprs, logs or manifests."""
+
+    endpoint: str
+    token: str | None = field(default=None, repr=False)
 
 
 class Publisher(Op):
