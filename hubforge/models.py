@@ -5,17 +5,22 @@ Nothing here runs code that came with a checkpoint, and nothing is downloaded: s
 
 from __future__ import annotations
 
+import difflib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hubforge.errors import SourceError
+from hubforge.rows import listing, rows, some, texts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_model", "load_tokenizer", "read_config", "rows", "texts"]
 
 _WEIGHTS = (
     "model.safetensors",
@@ -32,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(
-            "there is no config.json, so this is not a Transformers model", where=str(folder), mend=_listing(folder)
+            "there is no config.json, so this is not a Transformers model", where=str(folder), mend=listing(folder)
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +60,7 @@ def load_model(
     config = read_config(folder)
     _check_model_type(config, folder)
     if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise SourceError(f"none of {', '.join(_WEIGHTS)} is there", where=str(folder), mend=_listing(folder))
+        raise SourceError(f"none of {', '.join(_WEIGHTS)} is there", where=str(folder), mend=listing(folder))
     from transformers import AutoModelForCausalLM
 
     with _quiet():
@@ -83,7 +88,7 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise SourceError(
-            f"the checkpoint lacks {_some(missing)} of {type(model).__name__}, which would be random",
+            f"the checkpoint lacks {some(missing)} of {type(model).__name__}, which would be random",
             where=str(folder),
             mend=f"config.json says model_type {config['model_type']!r}; do its tensor names fit that class?",
         )
@@ -95,7 +100,7 @@ def load_model(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; SourceError naming the file when there is none or it cannot be read."""
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise SourceError("tokenizer.json is missing", where=str(folder), mend=_listing(folder))
+        raise SourceError("tokenizer.json is missing", where=str(folder), mend=listing(folder))
     from transformers import AutoTokenizer
 
     with _quiet():
@@ -125,8 +130,6 @@ def _check_model_type(config: dict[str, Any], folder: Path) -> None:
         )
     if model_type in CONFIG_MAPPING_NAMES:
         raise SourceError(f"model_type {model_type!r} is not a causal language model", where=str(folder))
-    import difflib
-
     import transformers
 
     close = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
@@ -164,7 +167,7 @@ def _put_on(model: Any, adapter: Path) -> Any:
         raise SourceError(
             "there is no adapter_config.json, so this is not a PEFT adapter",
             where=str(adapter),
-            mend=_listing(adapter),
+            mend=listing(adapter),
         )
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -185,8 +188,8 @@ def _put_on(model: Any, adapter: Path) -> Any:
     # PEFT ignores what it cannot place and leaves at its initial value what it does not find: neither may happen.
     strangers, absent = sorted(offered.keys() - wanted.keys()), sorted(wanted.keys() - offered.keys())
     if strangers or absent:
-        what = [f"{_some(strangers)} of the adapter match nothing in the model"] if strangers else []
-        what += [f"{_some(absent)} are not in the adapter"] if absent else []
+        what = [f"{some(strangers)} of the adapter match nothing in the model"] if strangers else []
+        what += [f"{some(absent)} are not in the adapter"] if absent else []
         raise SourceError("; ".join(what), where=str(adapter), mend=f"It was made for {_base_of(adapter)!r}.")
     return adapted
 
@@ -205,7 +208,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
@@ -215,16 +219,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "The folder does not exist." if not folder.exists() else "It is a file, not a folder."
-    names = sorted(path.name for path in folder.iterdir())
-    return f"There: {_some(names, 8)}." if names else "The folder is empty."
