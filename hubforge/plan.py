@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hubforge.errors import HubforgeError, RecipeError
 from hubforge.lock import read_lock, resolve_locked
-from hubforge.op import Op, Ref
+from hubforge.op import Kind, Op, Ref
 from hubforge.recipe import Node, Recipe
 from hubforge.sources import HashCache, Source, digest, package_versions, resolve_local
 from hubforge.store import LocalStore
@@ -49,6 +49,11 @@ class Plan:
 
     def to_make(self) -> list[Step]:
         return [step for step in self.steps.values() if step.status != "cached"]
+
+    def kind(self, name: str) -> Kind:
+        """What the source or step of that full name is."""
+        section, _, entry = name.partition(".")
+        return self.sources[entry].kind if section == "sources" else self.steps[name].op.makes
 
     def only(self, names: list[str]) -> Plan:
         """This plan, with just the steps of those names (full or entry names) and what they need."""

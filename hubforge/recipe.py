@@ -64,6 +64,7 @@ class Recipe:
     license_link: str | None
     sources: Mapping[str, SourceSpec]
     nodes: Mapping[str, Node]  # by full name, each after its inputs
+    groups: Mapping[str, tuple[str, ...]]  # an entry as written -> the entries it stands for, in the order listed
     gates: tuple[PlacedGate, ...]
     card: CardText
     targets: Mapping[str, Target]
@@ -143,6 +144,7 @@ class _Loader:
             license_link=link,
             sources=self.sources,
             nodes=nodes,
+            groups=self.groups,
             gates=gates,
             card=card,
             targets=targets,

@@ -6,7 +6,7 @@ can render the card again, check every digest, and rebuild the model from the re
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -125,7 +125,8 @@ class TargetRecord(Record):
 
     name: str
     """Entry under `publish`: "weights"."""
-    kind: Literal["model", "adapter", "mask", "gguf"]
+    kind: Kind
+    """model, adapter, mask or gguf."""
     repo: str
     folder: str | None = None
     tag: str | None = None

@@ -1,0 +1,216 @@
+"""The interpreter of a plan: cached? -> fetch -> run -> digest -> commit. One step at a time, one artifact each."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hubforge import __version__
+from hubforge.errors import HubforgeError, StepError, StoreError
+from hubforge.events import Cached, Failed, Finished, Report, Started, silent
+from hubforge.facts import SourceFacts, gather
+from hubforge.machine import git_state, gpus, hardware, peak_memory
+from hubforge.op import Artifact, Context, Hub, Metrics, Op, Settings, TensorOp
+from hubforge.plan import Plan, Step, op_name
+from hubforge.sources import package_versions
+from hubforge.store import LocalStore, Manifest, digests, disk_errors
+
+RECORDED = ("hubforge", "torch", "transformers", "safetensors")  # in every manifest of a step that computes
+
+
+@dataclass
+class Runner:
+    """Runs the steps of one plan. `seeds` and threads are the ops' own; this only orders, checks and commits."""
+
+    plan: Plan
+    hub: Hub
+    settings: Settings = field(default_factory=Settings)
+    report: Report = silent
+
+    @property
+    def store(self) -> LocalStore:
+        return self.plan.store
+
+    def run(self) -> None:
+        """Make every step that is not cached. Raises the first step's error; what was complete stays."""
+        todo = self.plan.to_make()
+        self.preflight(todo)
+        number = 0
+        for step in self.plan.steps.values():
+            if step.status == "cached":
+                self.report(Cached(step.name, step.key))
+                self.store.remember(self.plan.recipe.name, step.name, step.material)
+                continue
+            number += 1
+            self.report(Started(step.name, step.reason, number, len(todo)))
+            began = time.monotonic()
+            try:
+                self.make(step)
+            except BaseException as error:
+                what = error.what if isinstance(error, HubforgeError) else type(error).__name__
+                self.report(Failed(step.name, what))
+                raise
+            self.report(Finished(step.name, time.monotonic() - began, self.summary(step)))
+
+    def preflight(self, todo: list[Step]) -> None:
+        """Whatever can be known before the first step: packages that are missing, and what the ops themselves check."""
+        for step in todo:
+            check_requirements(step.op, step.node.where)
+        for step in todo:
+            inputs: dict[str, Artifact] = {}
+            for ref, target in step.node.inputs.items():
+                artifact = self.ready(ref, target)
+                if artifact is not None:
+                    inputs[ref] = artifact
+            with located(step):
+                step.op.preflight(self.context(step, Path(), inputs))
+
+    def ready(self, ref: str, target: str) -> Artifact | None:
+        """The artifact of an input that is there without any work: a local source, or a cached step."""
+        section, _, name = target.partition(".")
+        if section == "sources":
+            source = self.plan.sources[name]
+            if source.path is None:
+                return None
+            return Artifact(ref, source.kind, source.key, source.path, source.files, {}, {"license": source.license})
+        step = self.plan.steps[target]
+        return self.store.get(step.key, ref) if self.store.has(step.key) else None
+
+    def artifact(self, ref: str, target: str) -> Artifact:
+        """The artifact of an input; a Hub source is fetched, and every byte checked against the lock."""
+        section, _, name = target.partition(".")
+        if section != "sources":
+            return self.store.get(self.plan.steps[target].key, ref)
+        facts = self.source(name)
+        source = self.plan.sources[name]
+        origin = {"repo": facts.repo, "commit": source.commit, "license": source.license, "split": source.spec.split}
+        return Artifact(ref, source.kind, source.key, facts.path, facts.files, facts.facts, origin)
+
+    def source(self, name: str) -> SourceFacts:
+        return gather(self.plan.sources[name], self.store, self.hub, offline=self.settings.offline, report=self.report)
+
+    def context(self, step: Step, out: Path, inputs: Mapping[str, Artifact]) -> Context:
+        seed = getattr(step.op, "seed", 0)
+        return Context(
+            name=step.name,
+            out=out,
+            inputs=inputs,
+            settings=self.settings,
+            seed=seed if isinstance(seed, int) else 0,
+            where=step.node.where,
+            report=self.report,
+        )
+
+    def make(self, step: Step) -> None:
+        """Run one step and commit its artifact."""
+        store = self.store
+        with store.locked(step.key):
+            if store.has(step.key):  # made by another process since the plan
+                store.remember(self.plan.recipe.name, step.name, step.material)
+                return
+            inputs = {ref: self.artifact(ref, target) for ref, target in step.node.inputs.items()}
+            out = store.begin(step.key, keep=step.op.resumable)
+            ctx = self.context(step, out, inputs)
+            started, began = datetime.now(UTC), time.monotonic()
+            with located(step), disk_errors(store.root):
+                metrics = execute(step.op, ctx) or {}
+            seconds = time.monotonic() - began
+            store.commit(
+                Manifest(
+                    key=step.key,
+                    name=step.name,
+                    kind=step.op.makes,
+                    op=op_name(step.node),
+                    fields=dict(step.material["fields"]),
+                    inputs=dict(step.material["inputs"]),
+                    files=digests(out, ctx.sha256),
+                    metrics=metrics,
+                    versions=package_versions((*RECORDED, *step.op.pins, *step.op.requires)),
+                    hardware=hardware() | {"gpus": gpus(), "peak_memory": peak_memory()},
+                    started=started.isoformat(timespec="seconds"),
+                    seconds=round(seconds, 2),
+                    git=git_state(self.plan.recipe.path.resolve().parent),
+                    hubforge=__version__,
+                )
+            )
+            store.remember(self.plan.recipe.name, step.name, step.material)
+
+    def summary(self, step: Step) -> str:
+        """One line about what came out, for the terminal."""
+        manifest = self.store.manifest(step.key)
+        values = manifest.metrics.get("metrics")
+        if step.op.makes == "metrics" and isinstance(values, dict):
+            shown = list(values.items())[:3]
+            return ", ".join(f"{name} {value['value']:.3g}" for name, value in shown if "value" in value)
+        size = sum(file.size for file in manifest.files)
+        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def execute(op: Op, ctx: Context) -> Metrics | None:
+    """Run an op: a TensorOp through the streaming engine, any other by itself."""
+    if isinstance(op, TensorOp):
+        from hubforge.tensors.engine import run_tensor_op
+
+        return run_tensor_op(op, ctx)
+    return op.run(ctx)
+
+
+def check_requirements(op: Op, where: str) -> None:
+    """Raise StepError when a package the op needs is not installed, naming the extra that brings it."""
+    missing = [name for name in op.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = f"`pip install 'hubforge[{op.extra}]'`" if op.extra else f"`pip install {' '.join(missing)}`"
+        raise StepError(
+            f"this step needs {', '.join(missing)}, not installed here", where=where, mend=f"{extra} adds it."
+        )
+
+
+@contextmanager
+def located(step: Step) -> Iterator[None]:
+    """Gives an error of a step its recipe line, and makes one of ours out of anything else it raises."""
+    try:
+        yield
+    except HubforgeError as error:
+        if not error.where:
+            raise type(error)(error.what, where=step.node.where, mend=error.mend) from error
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StoreError(
+                "the disk is full", where=step.node.where, mend="Free some space, then run again."
+            ) from error
+        raise unexpected(step, error) from error
+    except MemoryError as error:
+        raise StepError(
+            f"{step.name} ran out of memory", where=step.node.where, mend="`--memory` bounds streaming steps."
+        ) from error
+    except Exception as error:
+        raise unexpected(step, error) from error
+
+
+def unexpected(step: Step, error: Exception) -> StepError:
+    """A library's error as ours; the traceback goes to the log, for a bug report, not to the terminal."""
+    logging.getLogger("hubforge").error("%s failed\n%s", step.name, traceback.format_exc())
+    text = " ".join(str(error).split()) or type(error).__name__
+    return StepError(
+        f"{step.name} failed: {type(error).__name__}: {text[:500]}",
+        where=step.node.where,
+        mend="`--debug` shows the traceback, which is also in the log.",
+    )
+
+
+def refreshed(plan: Plan) -> Plan:
+    """The plan with the status of each step as the store has it now."""
+    steps = {
+        name: replace(step, status="cached", reason="") if plan.store.has(step.key) else step
+        for name, step in plan.steps.items()
+    }
+    return replace(plan, steps=steps)
