@@ -66,6 +66,8 @@ class StepRecord(Record):
     method_source: str = ""
     fields: dict[str, Any] = Field(default_factory=dict)
     """The op's fields as run, defaults included, refs as entry names."""
+    meanings: dict[str, str] = Field(default_factory=dict)
+    """Field -> what it means, from the op's own descriptions; the cards' tables of parameters show it."""
     key: str = ""
     inputs: dict[str, str] = Field(default_factory=dict)
     """Ref as written -> full name of the source ("sources.instruct") or step it points to."""
