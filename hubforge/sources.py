@@ -163,6 +163,11 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return state.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """sha256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
 class HashCache:
     """sha256 of files already hashed, by path, size, inode and time of change; kept beside the store.
 

@@ -1,0 +1,382 @@
+"""What a verb works with: one recipe, its store, the Hub, and the reporter; opened from the command's options."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hubforge import recipe as recipes
+from hubforge.errors import HubforgeError, LockError, RecipeError
+from hubforge.lock import lock_path, read_lock, resolve_online
+from hubforge.op import Hub, Settings
+from hubforge.plan import Plan, make
+from hubforge.recipe import Recipe
+from hubforge.release import Release
+from hubforge.reporters import Reporter, choose
+from hubforge.run import Runner, refreshed
+from hubforge.store import LocalStore, write_json
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
+PROJECT = (".git", ".hubforge", "pyproject.toml")  # what marks the top folder of a project
+
+
+@dataclass
+class Outcome:
+    """What a run came to: the plan as it stands, the release (when all was asked for), and where the cards lie."""
+
+    plan: Plan
+    made: tuple[str, ...]
+    release: Release | None = None
+    cards: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    recipe: Recipe
+    store: LocalStore
+    settings: Settings
+    report: Reporter
+    source_hub: Hub
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        store: Path | None,
+        offline: bool,
+        device: str,
+        memory: str,
+        llama_cpp: Path | None,
+        quiet: bool,
+        debug: bool,
+        as_json: bool = False,
+    ) -> Session:
+        recipe = recipes.load(path)
+        settings = Settings(device=device, offline=offline, memory=parse_size(memory), llama_cpp=llama_cpp)
+        reporter = cls.reporter(as_json=as_json, quiet=quiet)
+        return cls(recipe, LocalStore(store or default_store(path)), settings, reporter, real_hub())
+
+    @staticmethod
+    def reporter(*, as_json: bool, quiet: bool) -> Reporter:
+        return choose(as_json=as_json, quiet=quiet)
+
+    def __enter__(self) -> Session:
+        self._stack.enter_context(library_noise(self.store.root / "log.txt"))
+        self._stack.enter_context(self.report)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._stack.close()
+
+    def pause(self) -> None:
+        """Stop the live display, so that results can be printed."""
+        self._stack.close()
+
+    def wait(self) -> None:
+        """Wait for Ctrl-C."""
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+    def plan(self, steps: Sequence[str] | None) -> Plan:
+        plan = make(self.recipe, self.store)
+        return plan.only(list(steps)) if steps else plan
+
+    def check(self, *, online: bool) -> list[str]:
+        """Notes on a recipe that is sound: what is not locked yet, licences that do not fit. Raises what is wrong."""
+        from hubforge.cards.licenses import check_license
+
+        notes: list[str] = []
+        try:
+            plan = make(self.recipe, self.store)
+        except LockError as error:
+            if read_lock(self.recipe.path) is not None:
+                raise
+            if not online:
+                return [f"not locked yet: {error.mend}"]
+            plan = None
+        if plan is not None:
+            notes += check_license(draft(plan))
+        if online:
+            notes += self.check_online()
+        return notes
+
+    def check_online(self) -> list[str]:
+        """What only the Hub can answer: whether the sources may be read, and the targets written."""
+        from hubforge.publish._remote import check_access
+
+        notes = []
+        for name, spec in self.recipe.sources.items():
+            if not spec.is_local:
+                entry = resolve_online(
+                    name, spec, self.source_hub.endpoint, self.source_hub.token, self.recipe.where("sources", name)
+                )
+                size = sum(file["size"] for file in entry["files"])
+                notes.append(f"sources.{name}: {spec.value} at {entry['commit'][:8]}, {size / 1e9:.2f} GB")
+        repos = [target.op.repo for target in self.recipe.targets.values()]  # type: ignore[attr-defined]
+        if repos:
+            notes += check_access(self.source_hub, repos)
+        return notes
+
+    def lock(self) -> tuple[Path, list[str]]:
+        """Resolve every Hub source; returns the lock's path and a line for each change."""
+        path = lock_path(self.recipe.path)
+        try:
+            before = read_lock(self.recipe.path) or {"sources": {}}
+        except LockError:
+            before = {"sources": {}}
+        sources: dict[str, Any] = {}
+        changes = []
+        for name, spec in self.recipe.sources.items():
+            if spec.is_local:
+                continue
+            where = self.recipe.where("sources", name)
+            entry = resolve_online(name, spec, self.source_hub.endpoint, self.source_hub.token, where)
+            old = before["sources"].get(name)
+            if old != entry:
+                came = f"{old['commit'][:8]} -> " if old and "commit" in old else ""
+                changes.append(f"{name}: {spec.value} {came}{entry['commit'][:8]}, {len(entry['files'])} files")
+            sources[name] = entry
+        changes += [f"{name}: removed" for name in before["sources"] if name not in sources]
+        if changes or not path.exists():
+            write_json(path, {"version": 1, "sources": sources})
+            changes = changes or ["no Hub sources to pin; local ones are keyed by content"]
+        return path, changes
+
+    def runner(self, plan: Plan) -> Runner:
+        return Runner(plan, self.source_hub, self.settings, self.report)
+
+    def run(self, steps: Sequence[str] | None, *, templates: Path | None = None) -> Outcome:
+        """Make what is missing; for a whole recipe also judge the gates and render the cards."""
+        plan = self.plan(steps)
+        todo = tuple(step.name for step in plan.to_make())
+        runner = self.runner(plan)
+        runner.run()
+        outcome = Outcome(refreshed(plan), todo)
+        if steps:
+            return outcome
+        from hubforge.assemble import assemble, check_gates
+
+        outcome.release = assemble(runner)
+        check_gates(outcome.release, plan)
+        outcome.cards = self.render(runner, outcome.release, templates)
+        return outcome
+
+    def render(self, runner: Runner, release: Release, templates: Path | None) -> dict[str, Path]:
+        from hubforge.publishing import render, write_pages
+
+        return {
+            name: write_pages(runner, render(release, name, templates=templates)) / "README.md"
+            for name in self.recipe.targets
+        }
+
+    def cards(self, target: str | None, templates: Path | None) -> list[Path]:
+        """Render the cards of what is made, without running anything."""
+        from hubforge.assemble import assemble
+
+        if target is not None and target not in self.recipe.targets:
+            known = ", ".join(self.recipe.targets) or "none"
+            raise RecipeError(f"publish has no entry {target!r}", where=str(self.recipe.path), mend=f"It has: {known}.")
+        runner = self.runner(self.plan(None))
+        rendered = self.render(runner, assemble(runner), templates)
+        return [path for name, path in rendered.items() if target in (None, name)]
+
+    def hub(self, to: str | None) -> Any:
+        return open_hub(to)
+
+    def publish(self, outcome: Outcome, hub: Hub, templates: Path | None) -> list[dict[str, object]]:
+        from hubforge.publishing import publish, require_targets
+
+        runner = self.runner(outcome.plan)
+        require_targets(runner)
+        assert outcome.release is not None
+        return publish(runner, outcome.release, hub, self.report, templates=templates)
+
+    def plan_push(
+        self, plan: Plan, to: str | None, *, hub: Hub | None = None, templates: Path | None = None
+    ) -> list[Any]:
+        """What a push would change, per target; asks the Hub, uploads nothing. Every step must be made."""
+        from hubforge.assemble import assemble
+        from hubforge.publish.hub import plan_push
+        from hubforge.publishing import render, require_targets, siblings, upload
+
+        runner = self.runner(plan)
+        require_targets(runner)
+        release = assemble(runner)
+        with ExitStack() as stack:
+            hub = hub or stack.enter_context(open_hub(to))
+            changes = []
+            for name in self.recipe.targets:
+                pages = render(release, name, siblings=siblings(release, name, hub), templates=templates)
+                changes.append(plan_push(upload(runner, release, pages), hub))
+        return changes
+
+    def path(self, step: str) -> Path:
+        """The folder of an artifact. Raises RecipeError when the step is not made."""
+        plan = self.plan(None)
+        section, _, name = step.partition(".")
+        if section == "sources" and name in plan.sources:
+            return self.runner(plan).source(name).path
+        found = plan.steps[plan.find(step)]
+        if found.status != "cached":
+            raise RecipeError(
+                f"{found.name} is not made yet ({found.reason})",
+                where=found.node.where,
+                mend=f"`hubforge run {self.recipe.path} {found.name}` makes it.",
+            )
+        return self.store.folder(found.key)
+
+
+def draft(plan: Plan) -> Release:
+    """A release with the sources alone, for what can be said before anything is made."""
+    from hubforge import __version__
+    from hubforge.release import SourceRecord
+
+    return Release(
+        hubforge=__version__,
+        name=plan.recipe.name,
+        license=plan.recipe.license,
+        license_link=plan.recipe.license_link,
+        recipe_file=plan.recipe.path.name,
+        recipe=plan.recipe.text,
+        sources=tuple(
+            SourceRecord(
+                name=name,
+                kind=source.kind,
+                repo=None if source.spec.is_local else source.spec.value,
+                path=source.spec.value if source.spec.is_local else None,
+                license=source.license,
+                commit=source.commit,
+            )
+            for name, source in plan.sources.items()
+        ),
+    )
+
+
+def default_store(path: Path) -> Path:
+    """.hubforge in the top folder of the project the recipe lies in, or beside the recipe."""
+    folder = path.resolve().parent
+    for parent in (folder, *folder.parents):
+        if any((parent / mark).exists() for mark in PROJECT):
+            return parent / ".hubforge"
+    return folder / ".hubforge"
+
+
+def hub_folder() -> Path:
+    """Where the embedded Hub of this user keeps its repositories."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "hubforge" / "hub"
+
+
+def real_hub() -> Hub:
+    """The Hub and token that huggingface_hub's own settings name; no import of it just to plan."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+    if not token:
+        home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+        saved = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
+        token = saved.read_text().strip() if saved.is_file() else None
+    return Hub(endpoint, token or None)
+
+
+@contextmanager
+def open_hub(to: str | None) -> Iterator[Hub]:
+    """The Hub to push to or verify on: HF_ENDPOINT's, one at an address, or the embedded one, started for now."""
+    if to is None:
+        yield real_hub()
+    elif to == "local":
+        from hubforge.hub import LocalHub
+
+        with LocalHub(hub_folder()) as hub:
+            yield Hub(hub.endpoint, "local")
+    elif re.match(r"^https?://", to):
+        # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it.
+        yield Hub(to.rstrip("/"), os.environ.get("HUBFORGE_HUB_TOKEN"))
+    else:
+        raise HubforgeError(f"--to is {to!r}", mend="Give `local`, or an address such as http://127.0.0.1:8000.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "2GiB", "500MB", "1.5 g". Raises HubforgeError."""
+    match = _SIZE.match(text)
+    if not match:
+        raise HubforgeError(f"--memory is {text!r}", mend="Write a size such as 2GiB or 500MB.")
+    unit = match.group(2).lower()
+    power = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[unit.rstrip("b").rstrip("i")]
+    return int(float(match.group(1)) * (1024 if "i" in unit or unit in "kmgt" else 1000) ** power)
+
+
+@contextmanager
+def library_noise(log: Path) -> Iterator[None]:
+    """Send what libraries log and warn to a file while steps run: the terminal is for what the user needs."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log, mode="w", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def collect_garbage(
+    paths: Sequence[Path] | None, store: Path | None, *, dry_run: bool
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Remove what no given recipe needs: (removed, kept), each (what, bytes). Raises when a recipe cannot be read."""
+    found = list(paths or sorted(Path("recipes").glob("*.yaml")) or sorted(Path().glob("*.yaml")))
+    if not found:
+        raise RecipeError("there is no recipe to keep anything for", mend="Name the recipes: hubforge gc RECIPE...")
+    here = LocalStore(store or default_store(found[0]))
+    needed: dict[str, str] = {}
+    for path in found:
+        recipe = recipes.load(path)
+        try:
+            plan = make(recipe, here)
+        except LockError:
+            if read_lock(path) is not None:
+                raise
+            continue  # never locked, so never run: nothing in the store is its
+        needed |= {step.key: step.name for step in plan.steps.values()}
+    removed, kept = [], []
+    for key, _whole, size in list(here.keys()):
+        if key in needed:
+            kept.append((needed[key], size))
+            continue
+        name = here.manifest(key).name if here.has(key) else f"unfinished {key[:12]}"
+        removed.append((name, size))
+        if not dry_run:
+            here.drop(key)
+    return removed, kept
+
+
+def build_lab(folder: Path, seed: int, *, quiet: bool) -> None:
+    import sys
+
+    from hubforge.lab import build
+
+    def say(text: str) -> None:
+        if not quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    build(folder, seed=seed, report=say)
