@@ -1,0 +1,198 @@
+"""Local files on their way to the Hub: read once, counted for the progress line, and hashed as they pass.
+
+The sha256 of every file is known from when it was written, so nothing is read just to be hashed: the client is handed
+the known digest, and the bytes are hashed while they are sent. A file that changed on disk since is noticed before its
+last byte leaves, and so never arrives whole under a digest that is not its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from hubforge.errors import PublishError
+from hubforge.events import Progress, Report
+from hubforge.op import Upload, UploadFile
+from hubforge.publish._paths import path_fault
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+_STEP = 1 << 20  # bytes between two progress events of one file
+_BLOCK = 1 << 20
+
+
+class Meter:
+    """Adds up what several threads send, and reports it in bytes of the whole upload."""
+
+    def __init__(self, total: int, report: Report, step: str) -> None:
+        self.total, self.report, self.step = total, report, step
+        self._at: dict[str, int] = {}
+        self._told = -1
+        self._lock = threading.Lock()
+
+    def at(self, path: str, position: int, *, whole: bool = False) -> None:
+        """That file is sent up to there. A retry begins again, so the number may go down."""
+        with self._lock:
+            self._at[path] = position
+            done = sum(self._at.values())
+            if whole or abs(done - self._told) >= _STEP:
+                self._told = done
+                self.report(Progress(self.step, path, done, self.total, "B"))
+
+
+class WatchedFile(io.BufferedReader):
+    """A local file that tells a meter how far it was read, and refuses to be read to its end when it has changed.
+
+    Reading goes front to back, perhaps in slices and perhaps again from the front (a retry): a byte is hashed the first
+    time it passes.
+    """
+
+    def __init__(self, file: UploadFile, path: Path, meter: Meter | None = None) -> None:
+        try:
+            super().__init__(io.FileIO(path))
+        except OSError as error:
+            raise unreadable(file, error) from error
+        self._file, self._meter = file, meter
+        self._sha256, self._hashed = hashlib.sha256(), 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        at = self.tell()
+        try:
+            data = super().read(-1 if size is None else size)
+        except OSError as error:
+            raise unreadable(self._file, error) from error
+        end = at + len(data)
+        if at <= self._hashed < end:
+            self._sha256.update(memoryview(data)[self._hashed - at :])
+            self._hashed = end
+            if end >= self._file.size:
+                self._check()
+        if self._meter is not None and data:
+            self._meter.at(self._file.path, end)
+        return data
+
+    def _check(self) -> None:
+        if self._hashed != self._file.size or self._sha256.hexdigest() != self._file.sha256:
+            raise changed(self._file)
+
+
+def changed(file: UploadFile) -> PublishError:
+    """The error for a file whose bytes are not those that were made."""
+    return PublishError(
+        f"{file.path} is not what was made: its sha256 should be {file.sha256}",
+        where=str(file.content) if isinstance(file.content, Path) else "",
+        mend="Something wrote to the store. Drop that artifact and run again: `hubforge run` makes it anew.",
+    )
+
+
+def unreadable(file: UploadFile, error: OSError) -> PublishError:
+    """The error for a file that is gone or may not be read."""
+    return PublishError(
+        f"{file.path} cannot be read: {error.strerror or error}",
+        where=str(file.content) if isinstance(file.content, Path) else "",
+        mend="If it is gone from the store, `hubforge run` makes it anew.",
+    )
+
+
+def check_files(upload: Upload) -> None:
+    """PublishError unless every file of the upload is there, of its size, and has a path the repository may hold.
+
+    With a folder, only what is below it and the card at the root may be touched.
+    """
+    seen: set[str] = set()
+    for file in upload.files:
+        where = f"publish.{upload.target}"
+        if fault := path_fault(file.path):
+            raise PublishError(f"the path {file.path!r} {fault}", where=where)
+        if file.path in seen:
+            raise PublishError(f"{file.path} is in the upload twice", where=where)
+        seen.add(file.path)
+        if file.path.rpartition("/")[2] == ".gitattributes":
+            raise PublishError(
+                f"{file.path} would replace the repository's own, which says what is stored as a large file",
+                where=where,
+            )
+        if upload.folder and file.path != "README.md" and not file.path.startswith(f"{upload.folder}/"):
+            raise PublishError(f"{file.path} lies outside the folder {upload.folder}", where=where)
+        if isinstance(file.content, bytes):
+            if len(file.content) != file.size or hashlib.sha256(file.content).hexdigest() != file.sha256:
+                raise changed(file)
+            continue
+        try:
+            size = file.content.stat().st_size
+        except OSError as error:
+            raise unreadable(file, error) from error
+        if size != file.size or not file.content.is_file():
+            raise changed(file)
+
+
+def git_oid(file: UploadFile) -> str:
+    """Git's name for that file as a blob: sha1 of a header and the bytes. For files kept in git, which are small.
+
+    PublishError when the bytes are not those whose sha256 is known.
+    """
+    sha1, sha256 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False), hashlib.sha256()
+    for block in _blocks(file):
+        sha1.update(block)
+        sha256.update(block)
+    if sha256.hexdigest() != file.sha256:
+        raise changed(file)
+    return sha1.hexdigest()
+
+
+def _blocks(file: UploadFile) -> Iterator[bytes]:
+    if isinstance(file.content, bytes):
+        yield file.content
+        return
+    try:
+        with file.content.open("rb") as handle:
+            while block := handle.read(_BLOCK):
+                yield block
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def additions(files: Iterable[UploadFile], meter: Meter, *, hashed: bool) -> list[CommitOperationAdd]:
+    """The client's operations that add those files.
+
+    hashed: hand the client the sha256 that is known. LFS needs it beforehand, and the bytes are checked against it
+    while they are sent. xet reads the files itself and computes the sha256 on the way, so there it is compared after.
+    """
+    made = []
+    for file in files:
+        try:
+            addition = _addition_class()(file.path, file.content, file, meter)
+        except (OSError, ValueError) as error:  # the client looks at the file; gone since it was checked
+            raise changed(file) from error
+        if hashed:
+            addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+        made.append(addition)
+    return made
+
+
+@cache
+def _addition_class() -> Any:
+    """A CommitOperationAdd that reads its file through WatchedFile. Made on first use: the import takes a while."""
+    from huggingface_hub import CommitOperationAdd
+
+    class WatchedAddition(CommitOperationAdd):
+        def __init__(self, path: str, content: Path | bytes, file: UploadFile, meter: Meter) -> None:
+            self.file, self.meter = file, meter
+            super().__init__(path, content)
+
+        @contextmanager
+        def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+            if isinstance(self.file.content, bytes):
+                yield io.BytesIO(self.file.content)
+                return
+            with WatchedFile(self.file, self.file.content, self.meter) as reader:
+                yield reader
+
+    return WatchedAddition
