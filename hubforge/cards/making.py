@@ -1,0 +1,127 @@
+"""How it was made: every step that led to what is published, with its formula, its fields and what it found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hubforge.cards.components import source_link
+from hubforge.cards.lineage import Lineage
+from hubforge.cards.markdown import code, linkify, text
+from hubforge.cards.numbers import big_count, count, share, short, size
+from hubforge.cards.results import show_field
+from hubforge.release import StepRecord
+
+Row = dict[str, str]
+_SECTIONS = ("masks", "adapters", "stages", "quantize")
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One step as the page shows it. Every string is Markdown."""
+
+    entry: str
+    section: str
+    op: str
+    summary: str
+    formula: str  # as it is: for a fence
+    fields: tuple[Row, ...]
+    facts: tuple[str, ...]
+    source: str
+
+
+def step_views(lineage: Lineage) -> list[StepView]:
+    """The masks, adapters and stages that led here, in the order they ran; the quants only on a GGUF page."""
+    last = len(_SECTIONS) if lineage.target.kind == "gguf" else _SECTIONS.index("quantize")
+    return [step_view(lineage, step) for step in lineage.steps if step.section in _SECTIONS[:last]]
+
+
+def step_view(lineage: Lineage, step: StepRecord) -> StepView:
+    return StepView(
+        entry=code(step.entry),
+        section=step.section,
+        op=code(step.op),
+        summary=sentence(step.summary),
+        formula=step.formula.strip(),
+        fields=tuple(field_rows(lineage, step)),
+        facts=tuple(step_facts(step)),
+        source=linkify(step.method_source),
+    )
+
+
+def field_rows(lineage: Lineage, step: StepRecord) -> list[Row]:
+    """The fields of a step that are set; what they refer to is linked where it is on the Hub."""
+    rows: list[Row] = []
+    for name, value in step.fields.items():
+        if value is None or value == "" or value == [] or value == {} or value == ():
+            continue
+        rows.append(
+            {
+                "Field": code(name),
+                "Value": _value(lineage, step, value),
+                "Meaning": sentence(step.meanings.get(name, "")),
+            }
+        )
+    return rows
+
+
+def step_facts(step: StepRecord) -> list[str]:
+    """What the step found out and the page has words for: "258 matrices". Markdown."""
+    facts: list[str] = []
+    for name, words, show in _FACTS:
+        value = step.metrics.get(name)
+        if value is not None and (shown := show(value)):
+            facts.append(words.replace("{}", shown))
+    return facts
+
+
+def sentence(value: object) -> str:
+    """The text with a capital first letter and a full stop; "" stays ""."""
+    line = text(value)
+    if not line:
+        return ""
+    line = line[0].upper() + line[1:] if not line[:2].isupper() and line[0] != "`" else line
+    return line if line.endswith((".", "!", "?", ":")) else line + "."
+
+
+def _value(lineage: Lineage, step: StepRecord, value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(lineage, step, item) for item in value if item is not None)
+    if isinstance(value, str) and value in step.inputs:
+        source = lineage.release.source(step.inputs[value])
+        return f"{code(value)} ({source_link(source)})" if source and source.repo else code(value)
+    return show_field(value)
+
+
+def _spread(show: Callable[[object], str]) -> Callable[[object], str]:
+    """Shows a number, or a mapping of mean, min and max as "0.93 on average (0.81 to 0.99)"."""
+
+    def shown(value: object) -> str:
+        if not isinstance(value, Mapping):
+            return show(value)
+        mean, low, high = (show(value.get(key)) for key in ("mean", "min", "max"))
+        if mean and low and high:
+            return f"{mean} on average ({low} to {high})"
+        return mean or low or high
+
+    return shown
+
+
+# metric -> words on the page, {} being the value, and how to show that; in this order.
+_FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
+    ("parameters", "{} parameters", big_count),
+    ("tensors", "{} tensors", count),
+    ("changed", "{} of them changed", count),
+    ("matrices", "{} matrices", lambda value: count(len(value)) if isinstance(value, (list, dict)) else count(value)),
+    ("samples", "{} samples", count),
+    ("truncated", "{} of them truncated", count),
+    ("tokens", "{} tokens", big_count),
+    ("steps", "{} steps", count),
+    ("final_loss", "final loss {}", lambda value: text(short(value))),
+    ("reliability", "split-half reliability {}", _spread(lambda value: text(short(value, 3)))),
+    ("energy_captured", "energy captured {}", _spread(share)),
+    ("dtype", "{}", text),
+    ("bytes", "{}", size),
+    ("effective_gain", "effective gain after rounding {}", _spread(lambda value: text(short(value)))),
+)

@@ -1,0 +1,142 @@
+"""The mask page: one row and one part per folder of the repository, ours and those that were there before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hubforge.cards.components import source_link
+from hubforge.cards.lineage import Lineage
+from hubforge.cards.making import StepView, step_view
+from hubforge.cards.markdown import code, link, url
+from hubforge.cards.numbers import count, size
+from hubforge.cards.pictures import energy_picture, importance_picture
+from hubforge.release import File, Release, StepRecord, TargetRecord
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """One mask: the step that made it, its files and its pictures."""
+
+    step: StepView
+    files: tuple[Row, ...]
+    pictures: tuple[tuple[str, str], ...]  # path in the repository, alternative text
+
+
+@dataclass(frozen=True)
+class FolderView:
+    """One folder of the repository: the masks of one model."""
+
+    folder: str  # Markdown
+    name: str
+    own: bool
+    row: Row
+    masks: tuple[MaskView, ...]
+    release_file: str
+
+
+def folder_views(lineage: Lineage, siblings: Sequence[Release]) -> list[FolderView]:
+    """Our folder and the siblings', sorted by name; a sibling of the same folder is what we replace."""
+    own = lineage.target.folder or ""
+    found = {own: (lineage, True)}
+    for sibling in siblings:
+        target = _own_target(sibling, lineage.target)
+        if target is not None and (target.folder or "") not in found:
+            found[target.folder or ""] = (Lineage(sibling, target), False)
+    return [_folder(*found[name]) for name in sorted(found)]
+
+
+def mask_pictures(lineage: Lineage) -> dict[str, str]:
+    """Path in the repository -> SVG, of the masks of this release."""
+    return {path: drawn for step in lineage.made for path, drawn, _ in _drawn(lineage, step)}
+
+
+def _folder(lineage: Lineage, own: bool) -> FolderView:
+    folder = lineage.target.folder or ""
+    steps = [step for step in lineage.made if step.makes == "mask"]
+    models = [source_link(source) for source in lineage.sources if source.kind == "model"]
+    data = [source_link(source) for source in lineage.sources if source.kind == "dataset"]
+    samples = list(dict.fromkeys(count(step.metrics.get("samples")) for step in steps if step.metrics.get("samples")))
+    ranks = list(dict.fromkeys(count(_rank(step)) for step in steps if _rank(step)))
+    files = [file for step in steps for file in step.files]
+    row = {
+        "Folder": link(f"{folder}/", f"./{folder}") if folder else "",
+        "Model": ", ".join(models),
+        "Masks": ", ".join(code(step.entry) for step in steps),
+        "Data": ", ".join(data),
+        "Samples": ", ".join(samples),
+        "Rank": ", ".join(ranks),
+        "Size": size(sum(file.size for file in files)) if files else "",
+    }
+    return FolderView(
+        folder=code(folder),
+        name=folder,
+        own=own,
+        row=row,
+        masks=tuple(_mask(lineage, step, own) for step in steps),
+        release_file=f"{folder}/hubforge.release.json" if folder else "hubforge.release.json",
+    )
+
+
+def _mask(lineage: Lineage, step: StepRecord, own: bool) -> MaskView:
+    there = {file.path for file in lineage.target.files}
+    pictures = tuple((path, words) for path, _, words in _drawn(lineage, step) if own or path in there)
+    rows = tuple(
+        {
+            "File": code(_below(lineage.target, file.path)),
+            "What is in it": describe(step, file),
+            "Size": size(file.size),
+        }
+        for file in step.files
+    )
+    return MaskView(step_view(lineage, step), rows, pictures)
+
+
+def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
+    """The pictures of one mask: path in the repository, SVG, alternative text."""
+    layers = step.metrics.get("layers")
+    if not isinstance(layers, (list, tuple)):
+        return []
+    layers = [layer for layer in layers if isinstance(layer, dict)]
+    about = lineage.target.folder or lineage.target.repo.rsplit("/", 1)[-1]
+    drawings = [
+        ("importance", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
+        ("energy", energy_picture(layers, f"Energy captured, {about}"), f"Energy captured in each layer, {about}"),
+    ]
+    return [
+        (url(_below(lineage.target, f"assets/{step.entry.replace('/', '-')}-{name}.svg")), drawn, words)
+        for name, drawn, words in drawings
+        if drawn
+    ]
+
+
+def describe(step: StepRecord, file: File) -> str:
+    """What is in a file of a mask, in words; "" for one hubforge has no words for. Markdown."""
+    name = file.path.rsplit("/", 1)[-1]
+    if name == "layer_importance.json":
+        return "the sum and the mean of the importance in each layer"
+    if name.endswith(".safetensors.index.json"):
+        return "which tensor is in which file"
+    if name.endswith(".safetensors") and step.op == "fisher":
+        return "for each weight tensor, under its name in the checkpoint, one importance per element"
+    if name.endswith(".safetensors") and step.op == "subspace":
+        return (
+            "for each matrix `W`: `W.U` (out × rank), `W.S` (rank), `W.V` (in × rank), under its name in the checkpoint"
+        )
+    return ""
+
+
+def _rank(step: StepRecord) -> object:
+    return step.metrics.get("rank") or step.fields.get("rank")
+
+
+def _below(target: TargetRecord, path: str) -> str:
+    return f"{target.folder}/{path}" if target.folder and not path.startswith(f"{target.folder}/") else path
+
+
+def _own_target(sibling: Release, ours: TargetRecord) -> TargetRecord | None:
+    """Which target of a sibling's release is in this repository: the one its file names, else by repository."""
+    targets = [target for target in sibling.targets if target.kind == "mask" and target.repo == ours.repo]
+    return next((target for target in targets if target.name == sibling.target), targets[0] if targets else None)
