@@ -59,8 +59,6 @@ class CyllamaBackend:
     """cyllama >= 0.2.18, at its lower level."""
 
     def __init__(self, path: str, context: int, threads: int, gpu: bool) -> None:
-        from importlib.metadata import version
-
         from cyllama.llama import llama_cpp as native
 
         class Model(native.LlamaModel):  # type: ignore[misc]
@@ -80,7 +78,7 @@ class CyllamaBackend:
         params.n_threads = params.n_threads_batch = threads
         self._context = native.LlamaContext(self._model, params)
         self._tokens = native.LlamaBatch(n_tokens=self.batch, embd=0, n_seq_max=1)
-        self.library = f"cyllama {version('cyllama')} (llama.cpp {_cyllama_build()})"
+        self.library = cyllama_version()
         self.vocab_size = int(self._vocab.n_vocab)
         self.bos_id, self.eos_id = _id(self._vocab.token_bos()), _id(self._vocab.token_eos())
         self.adds_bos = bool(self._vocab.get_add_bos())
@@ -111,16 +109,17 @@ class CyllamaBackend:
         return rows
 
 
-def _cyllama_build() -> str:
-    """The llama.cpp that cyllama was built from, as it says: "b9190"."""
+def cyllama_version() -> str:
+    """Its version and the llama.cpp it was built from, as it says: "cyllama 0.2.18 (llama.cpp b9190)"."""
     import json
+    from importlib.metadata import version
     from importlib.resources import files
 
     try:
         config: dict[str, Any] = json.loads((files("cyllama") / "build_config.json").read_text(encoding="utf-8"))
-        return str(config["versions"]["llama_cpp_version"])
+        return f"cyllama {version('cyllama')} (llama.cpp {config['versions']['llama_cpp_version']})"
     except (OSError, ValueError, KeyError):
-        return "unknown"
+        return f"cyllama {version('cyllama')}"
 
 
 class LlamaCppPythonBackend:

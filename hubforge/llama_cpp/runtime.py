@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,36 +14,12 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from hubforge.errors import StepError
 from hubforge.llama_cpp.header import read_header
+from hubforge.llama_cpp.process import child_environment, cpu_threads, ending, last_lines
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import numpy as np
-
-
-def cpu_threads() -> int:
-    """How many threads to compute with: what OMP_NUM_THREADS says, else the cores this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def child_environment() -> dict[str, str]:
-    """Our environment, in which a child finds this very hubforge."""
-    here = str(Path(__file__).resolve().parents[2])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
-
-
-def ending(returncode: int) -> str:
-    """How a process ended, in words: "exit code 1", "SIGABRT"."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return signal.Signals(-returncode).name
-    except ValueError:
-        return f"signal {-returncode}"
 
 
 class GgufModel:
@@ -187,9 +162,7 @@ class GgufModel:
             f"the process that ran this GGUF ended with {how}", where=str(self.path), mend=self._last_words()
         )
 
-    def _last_words(self, lines: int = 4) -> str:
-        """The end of what the library printed, which is where it says why."""
+    def _last_words(self) -> str:
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - 4096))
-        text = self._log.read().decode(errors="replace")
-        return "\n  ".join([line for line in text.splitlines() if line.strip()][-lines:])
+        return last_lines(self._log.read().decode(errors="replace"))

@@ -1,0 +1,118 @@
+"""Run a helper of ours in a process of its own, follow what it prints, and say how it died."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from hubforge.errors import StepError
+
+UNFINISHED = ".unfinished-"  # how the name of a file being written starts; a killed run leaves such a file
+_ENDS = re.compile(r"[\r\n]+")  # tqdm ends a line with a carriage return
+
+
+def cpu_threads() -> int:
+    """How many threads to compute with: what OMP_NUM_THREADS says, else the cores this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def child_environment() -> dict[str, str]:
+    """Our environment, in which a child finds this very hubforge and reaches no Hub."""
+    here = str(Path(__file__).resolve().parents[2])
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
+
+
+def ending(returncode: int) -> str:
+    """How a process ended, in words: "exit code 1", "SIGABRT"."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return signal.Signals(-returncode).name
+    except ValueError:
+        return f"signal {-returncode}"
+
+
+def last_lines(text: str, most: int = 4) -> str:
+    """The end of what a tool printed, which is where it says why."""
+    return "\n  ".join([line.rstrip() for line in text.splitlines() if line.strip()][-most:])
+
+
+def run_module(
+    module: str, arguments: Sequence[str], *, what: str, where: str = "", on_line: Callable[[str], None] | None = None
+) -> str:
+    """What `python -m module arguments` printed on stdout; StepError when it failed, with the end of its stderr.
+
+    what: what failed, for the error: "the conversion". on_line: gets each line of stderr as it comes.
+    The child holds our end of a pipe as its stdin, and `exit_with_parent` in it ends it when we are killed.
+    """
+    with (
+        tempfile.TemporaryFile() as printed,
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=printed,
+            stderr=subprocess.PIPE,
+            env=child_environment(),
+        ) as process,
+    ):
+        try:
+            tail = _follow(cast("IO[bytes]", process.stderr), on_line)
+            returncode = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if returncode != 0:
+            raise StepError(f"{what} ended with {ending(returncode)}", where=where, mend=last_lines(tail))
+        printed.seek(0)
+        return printed.read().decode(errors="replace")
+
+
+def _follow(stream: IO[bytes], on_line: Callable[[str], None] | None) -> str:
+    """Read to the end, pass each line on, and return the last 16 kB."""
+    tail = rest = ""
+    while chunk := os.read(stream.fileno(), 65536):
+        text = chunk.decode(errors="replace")
+        tail = (tail + text)[-16384:]
+        *lines, rest = _ENDS.split(rest + text)
+        if on_line is not None:
+            for line in filter(None, lines):
+                on_line(line)
+    return tail.replace("\r", "\n")
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to: it becomes `target` when all went well, and nothing is left when not."""
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=UNFINISHED, suffix=target.suffix)
+    os.close(descriptor)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        unfinished.chmod(0o644)  # mkstemp makes files that only their owner may read.
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def exit_with_parent() -> None:
+    """For a child: end when the parent's end of our stdin closes, so that a killed run leaves nobody writing."""
+    import threading
+
+    def watch() -> None:
+        os.read(0, 1)  # Not sys.stdin, whose lock would be missed at exit. Nothing is ever sent.
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,1 @@
+"""Smaller files of a model, one format each: `op: gguf` under `quantize:` is `hubforge/quantize/gguf.py`."""
