@@ -1,0 +1,16 @@
+"""The embedded Hub: the Hugging Face Hub's protocol on a folder, for trying, staging and testing.
+
+The real client talks to it with `HF_ENDPOINT` set to its address and `HF_HUB_DISABLE_XET=1`:
+
+```python
+with LocalHub(folder) as hub:
+    hub.api(token="any").create_repo("me/model")
+```
+"""
+
+from __future__ import annotations
+
+from hubforge.hub.server import LocalHub, ensure_running, serve, stop_running
+from hubforge.hub.settings import HubSettings, Token
+
+__all__ = ["HubSettings", "LocalHub", "Token", "ensure_running", "serve", "stop_running"]

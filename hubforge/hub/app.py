@@ -1,0 +1,128 @@
+"""The whole Hub as one ASGI application: the wire, the pages, and what every answer carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hubforge import __version__
+from hubforge.hub.refusal import Refusal
+from hubforge.hub.settings import HubSettings, is_loopback
+from hubforge.hub.storage.shelf import Shelf
+from hubforge.hub.wire import commits, files, lfs, refs, repos, talk
+from hubforge.hub.wire.access import Signer
+from hubforge.hub.wire.request import gone, lost, refused, request_id
+
+# `refs/pr/1` may also come unquoted, as people write it; routes know it as one segment.
+_REFS: Final = re.compile(r"/refs/(pr|heads|tags|convert)/([^/]+)")
+
+
+def make_app(folder: Path, settings: HubSettings, *, host: str) -> ASGIApp:
+    """The application that serves a folder. host: where it will listen; decides which names it answers to."""
+    shelf = Shelf(folder)
+
+    def hello(request: Request) -> Response:
+        return JSONResponse({"hubforge": __version__, "id": shelf.about["id"]})
+
+    def missing(request: Request) -> Response:
+        raise Refusal(404, "Not found")
+
+    wire: list[BaseRoute] = [
+        Route("/api/hubforge", hello),
+        Route("/api/agent-harnesses", missing),  # Every start of the hf command asks; 404 is what it expects.
+        *talk.routes,
+        *refs.routes,
+        *commits.routes,
+        *lfs.routes,
+        *files.routes,
+        *repos.routes,
+    ]
+    app = Starlette(
+        routes=[*wire, *_pages(), Route("/{rest:path}", _unknown, methods=["GET", "POST", "PUT", "DELETE", "PATCH"])],
+        exception_handlers={Refusal: refused, ClientDisconnect: gone, FileNotFoundError: lost},
+    )
+    app.state.shelf, app.state.settings, app.state.signer = shelf, settings, Signer(shelf.about["secret"])
+    return _Edge(app, settings, any_host=not is_loopback(host))
+
+
+def _pages() -> list[BaseRoute]:
+    """The pages, imported when the first one is asked for: a push needs no template engine."""
+
+    def later(name: str) -> Callable[[Request], Response]:
+        def page(request: Request) -> Response:
+            from hubforge.hub.pages import views
+
+            view: Callable[[Request], Response] = getattr(views, name)
+            return view(request)
+
+        return page
+
+    from hubforge.hub.wire.request import repo_pages
+
+    return [
+        Route("/", later("index")),
+        Route("/style.css", later("style")),
+        Route("/login", later("login_form")),
+        Route("/login", _login, methods=["POST"]),
+        *repo_pages("", later("card")),
+        *repo_pages("/tree/{rev}", later("folder")),
+        *repo_pages("/tree/{rev}/{path:path}", later("folder")),
+        *repo_pages("/blob/{rev}/{path:path}", later("blob")),
+        *repo_pages("/commits/{rev}", later("history")),
+        *repo_pages("/commit/{rev}", later("commit")),
+        *repo_pages("/discussions", later("discussion_list")),
+        *repo_pages("/discussions/{number:int}", later("discussion")),
+        Route("/{ns}", later("index")),
+    ]
+
+
+async def _login(request: Request) -> Response:
+    from hubforge.hub.pages import views
+
+    return await views.login(request)
+
+
+def _unknown(request: Request) -> Response:
+    """Nothing here. Below /api and for files of `gpt2`-like ids the client wants to hear which kind of nothing."""
+    path = str(request.scope["path"])
+    if re.match(r"/api/(models|datasets|spaces|kernels)/", path) or "/resolve/" in path:
+        raise Refusal(404, "Repository not found", "RepoNotFound")
+    raise Refusal(404, "Not found")
+
+
+class _Edge:
+    """Around everything: raw paths for the router, a request id for people, no answers to strangers' host names."""
+
+    def __init__(self, app: ASGIApp, settings: HubSettings, *, any_host: bool) -> None:
+        self.app, self.any_host = app, any_host
+        self.hosts = {name.lower() for name in settings.allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        scope["path"] = _REFS.sub(r"/refs%2F\1%2F\2", scope["raw_path"].decode("latin-1"))
+        id = request_id()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = id
+            await send(message)
+
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if not (self.any_host or is_loopback(name) or name in self.hosts):
+            # A page elsewhere whose name was pointed here (DNS rebinding) would read what is on this machine.
+            refusal = PlainTextResponse(f"This Hub does not answer to the name {name!r}", 421)
+            await refusal(scope, receive, send_with_id)
+            return
+        await self.app(scope, receive, send_with_id)

@@ -1,0 +1,1 @@
+"""Pages for people: repositories, rendered cards, files, history, changes."""

@@ -1,0 +1,65 @@
+"""What whoever starts a Hub decides: where it listens, who may enter, and its limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hubforge.errors import HubforgeError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Token:
+    """What one access token opens: who it is, whether it may write, where."""
+
+    user: str
+    role: Literal["read", "write"] = "write"
+    orgs: tuple[str, ...] = ()
+    repos: tuple[str, ...] | None = None  # `ns/name` or `datasets/ns/name`; None: all that the user may see
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Limits are in bytes unless they say otherwise."""
+
+    user: str = "local"  # Who any bearer token is when `tokens` is empty.
+    tokens: Mapping[str, Token | str] = field(default_factory=dict)  # A plain string is a user who may write.
+    lfs_from: int = 10 * MIB  # Files from this size on go to LFS, whatever their name.
+    multipart_from: int = 5 << 30  # Larger LFS files are uploaded in parts, as on the real Hub.
+    part_size: int = 512 * MIB
+    page_size: int = 1000  # Entries in one answer of a listing.
+    max_json: int = 16 * MIB
+    max_lfs: int = 200 << 30
+    remote_images: bool = False  # Whether cards may make a reader's browser call other servers.
+    allowed_hosts: tuple[str, ...] = ()  # More names this Hub answers to when it listens on loopback.
+
+    def token(self, secret: str) -> Token | None:
+        """What that secret opens, or None."""
+        if not self.tokens:
+            return Token(self.user)
+        found = self.tokens.get(secret)
+        return Token(found) if isinstance(found, str) else found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(host: str, settings: HubSettings) -> None:
+    """Refuse to listen where others could write without a token."""
+    if not is_loopback(host) and not settings.tokens:
+        raise HubforgeError(
+            f"the embedded Hub would listen on {host}, where other machines reach it, and takes any token",
+            where="hub serve",
+            mend="Give it tokens (--tokens FILE, a JSON object of token: user), or keep --host 127.0.0.1.",
+        )

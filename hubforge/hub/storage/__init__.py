@@ -1,0 +1,1 @@
+"""Repositories on a folder: git's identifiers, JSON commits, content-addressed files."""

@@ -1,0 +1,171 @@
+"""From a request to a repository one may use, and from a refusal to an answer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from hubforge.hub.names import KINDS, Kind
+from hubforge.hub.refusal import Refusal
+from hubforge.hub.storage.repository import Repository
+from hubforge.hub.wire.access import Access
+
+Handler = Callable[[Request], Response | Awaitable[Response]]
+COOKIE = "hub_token"
+
+
+def access(request: Request) -> Access:
+    """Who is asking. A token that is not known is refused at once, as the real Hub does."""
+    found: Access | None = getattr(request.state, "access", None)
+    if found is None:
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and secret.strip():
+            found = Access.of(secret.strip(), request.app.state.settings)
+        elif request.method in ("GET", "HEAD") and COOKIE in request.cookies:
+            # Only for looking: a page elsewhere can make a browser send cookies, but not a bearer token.
+            found = Access.of(request.cookies[COOKIE], request.app.state.settings, lenient=True)
+        else:
+            found = Access(None)
+        request.state.access = found
+    return found
+
+
+def part(request: Request, name: str) -> str:
+    """A piece of the address, unquoted. Routes match the raw path, so a revision may hold `%2F`."""
+    try:
+        return unquote(str(request.path_params.get(name, "")), errors="strict")
+    except UnicodeDecodeError:
+        raise Refusal(400, "The address is not UTF-8") from None
+
+
+def kind_in(request: Request) -> Kind:
+    kind = str(request.path_params.get("kind", "models"))
+    for each in KINDS:
+        if each == kind:
+            return each
+    raise Refusal(404, "Not found")
+
+
+def repository(request: Request, *, write: bool = False) -> Repository:
+    """The repository an address names, if the asker may see it (and, for `write`, change it)."""
+    who = access(request)
+    return who.check(request.app.state.shelf, kind_in(request), f"{part(request, 'ns')}/{part(request, 'name')}", write)
+
+
+def endpoint(request: Request) -> str:
+    """This Hub's address as the asker knows it."""
+    return f"{request.url.scheme}://{request.headers.get('host') or request.url.netloc}"
+
+
+async def body(request: Request, limit: int) -> bytes:
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limit:
+            raise Refusal(413, f"The request is larger than {limit} bytes")
+    return bytes(data)
+
+
+def with_json(handler: Callable[[Request, dict[str, Any]], Response]) -> Handler:
+    """A handler of a JSON object (an empty body counts as `{}`), run in a thread."""
+
+    async def handle(request: Request) -> Response:
+        data = await body(request, request.app.state.settings.max_json)
+        try:
+            value = json.loads(data) if data.strip() else {}
+        except (ValueError, RecursionError):
+            raise Refusal(400, "The request is not JSON") from None
+        if not isinstance(value, dict):
+            raise Refusal(400, "The request is not a JSON object")
+        return await run_in_threadpool(handler, request, value)
+
+    return handle
+
+
+def text_of(data: dict[str, Any], key: str, default: str = "") -> str:
+    value = data.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise Refusal(400, f"{key!r} must be a string")
+    return value
+
+
+def repo_api(verb: str, handler: Handler, *methods: str) -> Route:
+    """A route below `/api/models/ns/name`, for every kind of repository."""
+    return Route("/api/{kind}/{ns}/{name}" + verb, handler, methods=list(methods) or ["GET"])
+
+
+def repo_pages(rest: str, handler: Handler, *methods: str) -> list[Route]:
+    """Routes below `/ns/name`, and the same with `/datasets` and so on before it."""
+    wanted = list(methods) or ["GET"]
+    return [
+        *(
+            Route("/{kind}/{ns}/{name}".replace("{kind}", kind) + rest, _of(kind, handler), methods=wanted)
+            for kind in KINDS[1:]
+        ),
+        Route("/{ns}/{name}" + rest, handler, methods=wanted),
+    ]
+
+
+def _of(kind: Kind, handler: Handler) -> Handler:
+    if inspect.iscoroutinefunction(handler):
+
+        @functools.wraps(handler)
+        async def waiting(request: Request) -> Response:
+            request.path_params["kind"] = kind
+            answer: Response = await handler(request)
+            return answer
+
+        return waiting
+
+    @functools.wraps(handler)
+    def plain(request: Request) -> Response:
+        request.path_params["kind"] = kind
+        answer = handler(request)
+        assert isinstance(answer, Response)
+        return answer
+
+    return plain
+
+
+def refused(request: Request, error: Exception) -> Response:
+    """The answer the client maps to its exceptions: JSON, X-Error-Code and X-Error-Message."""
+    assert isinstance(error, Refusal)
+    # A header holds one line of printable ASCII; the whole sentence is in the body.
+    line = "".join(letter if " " <= letter <= "~" else "?" for letter in " ".join(error.message.split())[:400])
+    headers = {**error.headers, "X-Error-Message": line}
+    if error.code:
+        headers["X-Error-Code"] = error.code
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error.message, **error.more}, error.status, headers)
+
+
+def gone(request: Request, error: Exception) -> Response:
+    """A client that left in the middle of its upload: nobody reads this answer."""
+    assert isinstance(error, ClientDisconnect)
+    return Response(status_code=400)
+
+
+def lost(request: Request, error: Exception) -> Response:
+    """A stored file is not there: its repository was deleted meanwhile, or someone took it from the folder."""
+    try:
+        repository(request)
+    except Refusal as refusal:
+        return refused(request, refusal)
+    return JSONResponse({"error": "A stored file is missing from the Hub's folder"}, 500)
+
+
+def request_id() -> str:
+    return f"Root=1-{secrets.token_hex(12)}"

@@ -1,0 +1,118 @@
+"""Tokens: who is who, who may write where, and what strangers are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session
+
+from hubforge.hub import HubSettings, LocalHub, Token
+from hubforge.hub.__main__ import read_tokens
+
+TOKENS = {
+    "hf_ann": "ann",
+    "hf_bob": Token("bob", orgs=("team",)),
+    "hf_see": Token("ann", role="read"),
+    "hf_one": Token("ann", repos=("ann/one",)),
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, lfs_transport: None) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path / "hub", settings=HubSettings(tokens=TOKENS)) as hub:
+        hub.api("hf_ann").create_repo("ann/one")
+        hub.api("hf_ann").create_repo("ann/secret", private=True)
+        yield hub
+
+
+def test_a_token_says_who_it_is(hub: LocalHub):
+    me = hub.api("hf_bob").whoami()
+    assert (me["name"], me["orgs"][0]["name"], me["auth"]["accessToken"]["role"]) == ("bob", "team", "write")
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", False])
+def test_an_unknown_or_missing_token_is_nobody(hub: LocalHub, token: str | bool):
+    with pytest.raises(HfHubHTTPError, match="401"):
+        hub.api(token).create_repo("ann/x")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "may"),
+    [
+        ("hf_ann", "ann/new", True),
+        ("hf_ann", "bob/new", False),
+        ("hf_bob", "team/new", True),
+        ("hf_see", "ann/new", False),
+        ("hf_one", "ann/new", False),
+    ],
+)
+def test_who_may_create_where(hub: LocalHub, token: str, repo: str, may: bool):
+    if may:
+        hub.api(token).create_repo(repo)
+    else:
+        with pytest.raises(HfHubHTTPError, match="403"):
+            hub.api(token).create_repo(repo)
+    assert hub.api("hf_ann").repo_exists(repo) is may
+
+
+@pytest.mark.parametrize(("token", "may"), [("hf_ann", True), ("hf_one", True), ("hf_see", False), ("hf_bob", False)])
+def test_who_may_push(hub: LocalHub, token: str, may: bool):
+    def push() -> None:
+        hub.api(token).upload_file(path_or_fileobj=b"\0", path_in_repo="w.bin", repo_id="ann/one")
+
+    if may:
+        push()
+    else:
+        with pytest.raises(HfHubHTTPError, match="403"):
+            push()
+
+
+@pytest.mark.parametrize(("token", "sees"), [("hf_ann", True), ("hf_see", True), ("hf_bob", False), ("hf_one", False)])
+def test_who_sees_a_private_repository(hub: LocalHub, token: str, sees: bool):
+    listed = {model.id for model in hub.api(token).list_models()}
+    assert ("ann/secret" in listed) is sees
+    if sees:
+        assert hub.api(token).model_info("ann/secret").private
+    else:
+        with pytest.raises(RepositoryNotFoundError):
+            hub.api(token).model_info("ann/secret")
+
+
+def test_what_is_hidden_answers_like_what_is_missing(hub: LocalHub):
+    def answer(path: str) -> tuple[int, str]:
+        got = get_session().get(f"{hub.endpoint}{path}", headers={"Authorization": "Bearer hf_bob"})
+        return got.status_code, got.text
+
+    for path in ("/api/models/{}", "/api/models/{}/tree/main", "/{}/resolve/main/a", "/api/models/{}/refs"):
+        assert answer(path.format("ann/secret")) == answer(path.format("ann/nothing"))
+
+
+def test_a_name_that_points_here_from_elsewhere_is_not_answered(hub: LocalHub):
+    answer = get_session().get(f"{hub.endpoint}/api/models", headers={"Host": "evil.example"})
+    assert answer.status_code == 421
+    assert get_session().get(hub.endpoint.replace("127.0.0.1", "localhost") + "/api/models").status_code == 200
+
+
+def test_a_cookie_lets_one_look_but_not_write(hub: LocalHub):
+    cookie = {"Cookie": "hub_token=hf_ann"}
+    assert get_session().get(f"{hub.endpoint}/api/models/ann/secret", headers=cookie).status_code == 200
+    made = get_session().post(f"{hub.endpoint}/api/repos/create", json={"name": "x"}, headers=cookie)
+    assert made.status_code == 401
+
+
+def test_tokens_come_from_a_file(tmp_path: Path):
+    path = tmp_path / "tokens.json"
+    path.write_text(json.dumps({"a": "ann", "b": {"user": "bob", "orgs": ["team"]}}))
+    assert read_tokens(path) == {"a": "ann", "b": Token("bob", orgs=("team",))}
+    path.write_text('{"secret-value": 3}')
+    command = [sys.executable, "-m", "hubforge.hub", str(tmp_path / "hub"), "--tokens", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "tokens.json: the file of tokens is not understood" in done.stderr
+    assert "secret-value" not in done.stderr and "Traceback" not in done.stderr
