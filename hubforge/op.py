@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic import Field as PydanticField
 from pydantic_core import core_schema
 
@@ -43,6 +43,12 @@ class Ref(str):
             core_schema.str_schema(strict=True, min_length=1),
             serialization=core_schema.plain_serializer_function_ser_schema(str),
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1, "x-kinds": list(cls.kinds)}
 
 
 class ModelRef(Ref):
@@ -267,9 +273,13 @@ class TensorOp(Op):
         """
         return len(present) > 1
 
-    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float] | None:
-        """Numbers of these rows that `tensor` needs of the whole tensor; None when it needs none."""
-        return None
+    def measures(self) -> bool:
+        """Whether `tensor` needs `at.totals`: a first pass over each tensor that changes then calls `measure`."""
+        return False
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
+        """Numbers of these rows that `tensor` needs of the whole tensor. Inputs not touched here are not read."""
+        return {}
 
     def combine(self, one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
         """The numbers of two runs of rows together. By default sums."""
