@@ -137,6 +137,8 @@ def _build(
             problem_mark=node.start_mark,
         )
     above = (*above, id(node))
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r} is not plain data", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:

@@ -358,7 +358,7 @@ def collect_garbage(
             continue  # never locked, so never run: nothing in the store is its
         needed |= {step.key: step.name for step in plan.steps.values()}
     removed, kept = [], []
-    for key, _whole, size in list(here.keys()):
+    for key, _whole, size in list(here.contents()):
         if key in needed:
             kept.append((needed[key], size))
             continue

@@ -140,7 +140,7 @@ class LocalStore:
         shutil.rmtree(self.folder(key), ignore_errors=True)
         shutil.rmtree(self.part(key), ignore_errors=True)
 
-    def keys(self) -> Iterator[tuple[str, bool, int]]:
+    def contents(self) -> Iterator[tuple[str, bool, int]]:
         """(key, is whole, bytes) of everything in the store."""
         if not self.artifacts.is_dir():
             return
