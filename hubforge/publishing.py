@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from hubforge.assemble import artifact_files
 from hubforge.errors import HubforgeError, PublishError
-from hubforge.events import Finished, Report, Started
+from hubforge.events import Finished, Report, Started, Warned
 from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publish._plan import RELEASE_LIMIT
+from hubforge.publish._remote import Remote
+from hubforge.publish._sums import sums_text
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
 from hubforge.run import Runner
 from hubforge.sources import hash_bytes
@@ -43,10 +48,9 @@ def render(release: Release, name: str, *, siblings: Sequence[Release] = (), tem
     named = release.model_copy(update={"targets": targets, "target": name})
     text = json.dumps(named.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False) + "\n"
     record = text.encode()
-    sums = [*target.files, File(path=prefix + FILE_NAME, size=len(record), sha256=hash_bytes(record))]
-    # sha256sum -c reads this from the folder the file lies in.
-    lines = "".join(f"{file.sha256}  {file.path.removeprefix(prefix)}\n" for file in sums)
-    return Pages(target, {**pages, prefix + FILE_NAME: record, prefix + SUMS_NAME: lines.encode()})
+    listed = (*target.files, File(path=prefix + FILE_NAME, size=len(record), sha256=hash_bytes(record)))
+    sums = sums_text(listed, target.folder).encode()
+    return Pages(target, {**pages, prefix + FILE_NAME: record, prefix + SUMS_NAME: sums})
 
 
 def write_pages(runner: Runner, pages: Pages) -> Path:
@@ -93,14 +97,30 @@ def located(runner: Runner, entry: str, path: str) -> Path:
     return runner.store.folder(runner.plan.steps[entry].key) / path
 
 
-def siblings(release: Release, name: str, hub: Hub) -> list[Release]:
-    """The releases of the other folders of a mask repository, as its own release files tell; [] when it is new."""
+def siblings(release: Release, name: str, hub: Hub, report: Report) -> list[Release]:
+    """The releases of the other folders of a mask repository, as the release files in it tell; [] when it is new.
+
+    A release file that cannot be read is reported and left out: its folder stays as it is, only its row is missing.
+    """
     target = next(target for target in release.targets if target.name == name)
     if target.folder is None:
         return []
-    from hubforge.publish._remote import sibling_releases
-
-    return sibling_releases(target.repo, target.folder, hub)
+    found = []
+    with Remote(hub, target.repo, report=report, step=f"publish.{name}") as remote:
+        head = remote.head()
+        if head is None or head.commit is None:
+            return []
+        for path in sorted(remote.tree(head.commit)):
+            folder, _, last = path.rpartition("/")
+            if last != FILE_NAME or not folder or folder == target.folder.strip("/"):
+                continue
+            try:
+                found.append(Release.model_validate_json(remote.read(path, head.commit, RELEASE_LIMIT)))
+            except (ValidationError, PublishError):
+                report(
+                    Warned(f"publish.{name}", f"{path} is not a release file that can be read; the card leaves it out")
+                )
+    return found
 
 
 def publish(
@@ -116,7 +136,7 @@ def publish(
         report(Started(step, f"to {hub.endpoint}/{target.op.repo}", number, len(targets)))  # type: ignore[attr-defined]
         began = monotonic()
         try:
-            pages = render(release, name, siblings=siblings(release, name, hub), templates=templates)
+            pages = render(release, name, siblings=siblings(release, name, hub, report), templates=templates)
             write_pages(runner, pages)
             receipt = target.op.push(upload(runner, release, pages), hub, report)
         except HubforgeError as error:

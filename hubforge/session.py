@@ -115,7 +115,7 @@ class Session:
 
     def check_online(self) -> list[str]:
         """What only the Hub can answer: whether the sources may be read, and the targets written."""
-        from hubforge.publish._remote import check_access
+        from hubforge.publish._access import check_access
 
         notes = []
         for name, spec in self.recipe.sources.items():
@@ -127,7 +127,8 @@ class Session:
                 notes.append(f"sources.{name}: {spec.value} at {entry['commit'][:8]}, {size / 1e9:.2f} GB")
         repos = [target.op.repo for target in self.recipe.targets.values()]  # type: ignore[attr-defined]
         if repos:
-            notes += check_access(self.source_hub, repos)
+            for access in check_access(self.source_hub, repos):
+                notes.append(f"publish: {access.repo} {'exists' if access.exists else 'is new'}: {access.reason}")
         return notes
 
     def lock(self) -> tuple[Path, list[str]]:
@@ -209,7 +210,7 @@ class Session:
     ) -> list[Any]:
         """What a push would change, per target; asks the Hub, uploads nothing. Every step must be made."""
         from hubforge.assemble import assemble
-        from hubforge.publish.hub import plan_push
+        from hubforge.publish._plan import plan_push
         from hubforge.publishing import render, require_targets, siblings, upload
 
         runner = self.runner(plan)
@@ -219,8 +220,8 @@ class Session:
             hub = hub or stack.enter_context(open_hub(to))
             changes = []
             for name in self.recipe.targets:
-                pages = render(release, name, siblings=siblings(release, name, hub), templates=templates)
-                changes.append(plan_push(upload(runner, release, pages), hub))
+                pages = render(release, name, siblings=siblings(release, name, hub, self.report), templates=templates)
+                changes.append(plan_push(upload(runner, release, pages), hub, self.report))
         return changes
 
     def path(self, step: str) -> Path:

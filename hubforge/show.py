@@ -15,7 +15,7 @@ from hubforge.plan import Plan, op_name
 from hubforge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from hubforge.publish.hub import PushPlan
+    from hubforge.publish._plan import PushPlan
     from hubforge.session import Outcome
     from hubforge.verify import VerifyReport
 
@@ -130,13 +130,24 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def push_data(changes: Sequence[PushPlan]) -> list[dict[str, Any]]:
-    return [change.as_data() for change in changes]
+    return [change.as_json() for change in changes]
 
 
 def print_push(changes: Sequence[PushPlan]) -> None:
+    """What a push would add, replace, delete and leave, per repository."""
     for change in changes:
-        for line in change.lines():
-            console.print(escape(line), soft_wrap=True)
+        new = "" if change.exists else f"  [yellow]new, {'private' if change.private else 'public'}[/yellow]"
+        inside = f"/{change.folder}" if change.folder else ""
+        console.print(f"[bold]{escape(change.repo + inside)}[/bold]{new}")
+        for mark, files in (("+", change.added), ("~", change.replaced), ("-", change.deleted)):
+            for file in files:
+                console.print(f"  {mark} {escape(file.path)}  [dim]{size(file.size)}[/dim]", soft_wrap=True)
+        for path in change.kept:
+            console.print(f"  = {escape(path)}  [dim]changed on the Hub since; left alone[/dim]", soft_wrap=True)
+        left = f"{some(len(change.unchanged), 'file')} unchanged"
+        left += f", {change.foreign} not ours" if change.foreign else ""
+        tag = f", tag {change.tag}" if change.tag_change == "create" else ""
+        console.print(f"  [dim]{left}; {size(change.upload_bytes)} to upload{escape(tag)}[/dim]")
 
 
 def print_receipts(receipts: Sequence[dict[str, Any]]) -> None:
@@ -149,12 +160,22 @@ def print_receipts(receipts: Sequence[dict[str, Any]]) -> None:
 
 
 def verified_data(found: VerifyReport) -> dict[str, Any]:
-    return found.as_data()
+    return found.as_json()
 
 
 def print_verified(found: VerifyReport) -> None:
-    for line in found.lines():
-        console.print(escape(line), soft_wrap=True)
+    for one in found.folders:
+        inside = f"/{one.folder}" if one.folder else ""
+        how = "every byte downloaded and hashed" if found.deep else "digests as the Hub holds them"
+        console.print(
+            f"[green]✓[/green] {escape(found.repo + inside)}  [dim]{some(one.files, 'file')}, {size(one.bytes)}, {how}[/dim]",
+            soft_wrap=True,
+        )
+        for note in one.notes:
+            console.print(f"  [yellow]note[/yellow] {escape(note)}", soft_wrap=True)
+    if found.unlisted:
+        console.print(f"  [dim]{some(len(found.unlisted), 'file')} that no release file speaks of[/dim]")
+    console.print(f"[green]verified[/green] at commit {found.commit}")
 
 
 def find_ops(name: str | None) -> list[catalog.Entry]:
