@@ -126,10 +126,10 @@ class Session:
                 size = sum(file["size"] for file in entry["files"])
                 notes.append(f"sources.{name}: {spec.value} at {entry['commit'][:8]}, {size / 1e9:.2f} GB")
         repos = [target.op.repo for target in self.recipe.targets.values()]  # type: ignore[attr-defined]
-        if repos:
-            for access in check_access(self.source_hub, repos):
-                notes.append(f"publish: {access.repo} {'exists' if access.exists else 'is new'}: {access.reason}")
-        return notes
+        return notes + [
+            f"publish: {access.repo} {'exists' if access.exists else 'is new'}: {access.reason}"
+            for access in check_access(self.source_hub, repos)
+        ]
 
     def lock(self) -> tuple[Path, list[str]]:
         """Resolve every Hub source; returns the lock's path and a line for each change."""

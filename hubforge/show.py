@@ -167,10 +167,8 @@ def print_verified(found: VerifyReport) -> None:
     for one in found.folders:
         inside = f"/{one.folder}" if one.folder else ""
         how = "every byte downloaded and hashed" if found.deep else "digests as the Hub holds them"
-        console.print(
-            f"[green]✓[/green] {escape(found.repo + inside)}  [dim]{some(one.files, 'file')}, {size(one.bytes)}, {how}[/dim]",
-            soft_wrap=True,
-        )
+        what = f"{some(one.files, 'file')}, {size(one.bytes)}, {how}"
+        console.print(f"[green]✓[/green] {escape(found.repo + inside)}  [dim]{what}[/dim]", soft_wrap=True)
         for note in one.notes:
             console.print(f"  [yellow]note[/yellow] {escape(note)}", soft_wrap=True)
     if found.unlisted:
