@@ -247,6 +247,8 @@ class TensorOp(Op):
 
     makes: ClassVar[Kind] = "model"
     resumable: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
+    extra: ClassVar[str] = "merge"
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
         None, description="Element type of the output; by default each tensor keeps the one it has in the base model."

@@ -1,0 +1,1 @@
+"""Merge methods, one file each: `op: slerp` under `stages:` is `hubforge/stages/slerp.py`."""

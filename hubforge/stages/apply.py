@@ -1,0 +1,151 @@
+"""Fold adapters into a model, damped where the model's own weights matter most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from hubforge.errors import StepError
+from hubforge.op import AdapterRef, Context, MaskRef, ModelRef, Place, TensorOp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP = 0.99  # the quantile of F that counts as 1 when `normalize` is clip
+
+
+class Apply(TensorOp):
+    """The model with the sum of adapters' deltas added, damped by the Fisher importance of each weight and layer.
+
+    Only tensors that an adapter changes are computed; all others keep their bytes. Without `importance` one adapter
+    gives the bits of PEFT's `merge_and_unload` (the product in float32, added in float32, rounded once), and the right
+    scale for rsLoRA too.
+    """
+
+    formula: ClassVar[str] = "W + s · (1 − F_param) · (1 − F_layer) · Σ wᵢ · Δᵢ,  Δᵢ = scalingᵢ · Bᵢ · Aᵢ"
+    source: ClassVar[str] = (
+        "LoRA: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; "
+        "diagonal Fisher as importance: Kirkpatrick et al. 2017, arXiv:1612.00796"
+    )
+
+    model: ModelRef = Field(description="The model the adapters are folded into.")
+    adapters: list[AdapterRef] = Field(
+        min_length=1, description="Adapters whose deltas are added up; for their mean, `average` them first."
+    )
+    weights: list[float] | None = Field(
+        None, description="One factor per adapter, any sign; by default 1 each. Not normalised."
+    )
+    scale: float = Field(1.0, description="s, a factor of the whole change; 0 gives the model's own bytes.")
+    importance: MaskRef | None = Field(
+        None, description="A Fisher mask of the model: the more important a weight, the less it is changed."
+    )
+    normalize: Literal["minmax", "log", "rank", "clip"] = Field(
+        "minmax",
+        description="How the Fisher values of a tensor become F_param in [0, 1]: minmax; log (minmax of the "
+        "logarithm); rank (share of values below; halves the change on average); clip (minmax, the top 1 % counting "
+        "as 1).",
+    )
+    layer_damping: bool = Field(
+        True,
+        description="Whether to damp whole layers by F_layer, the minmax over layers of their Fisher sums: "
+        "the most important layer is then not changed at all.",
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Apply:
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.adapters)} adapters")
+        if not all(math.isfinite(factor) for factor in [*(self.weights or []), self.scale]):
+            raise ValueError("scale and weights must be finite numbers")
+        return self
+
+    def whole(self) -> bool:
+        return self.importance is not None and self.normalize in ("rank", "clip")
+
+    def prepare(self, ctx: Context) -> Mapping[int, float]:
+        """F_layer of each layer."""
+        if self.importance is None or not self.layer_damping:
+            return {}
+        return layer_importance(ctx.artifact(self.importance).read_json("layer_importance.json"), ctx.where)
+
+    def changes(self, name: str, present: frozenset[str]) -> bool:
+        changed = self.scale != 0 and any(adapter in present for adapter in self.adapters)
+        if changed and self.importance is not None and self.importance not in present:
+            what = f"{self.importance} has no importance for {name}, which an adapter changes"
+            raise StepError(what, mend="Make a mask of this very model, covering every module the adapters train.")
+        return changed
+
+    def measures(self) -> bool:
+        return self.importance is not None and not self.whole()
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
+        fisher = w[str(self.importance)]
+        if self.normalize == "log":
+            fisher = fisher[fisher > 0]
+            if fisher.numel() == 0:
+                return {"min": math.inf, "max": 0.0}
+        return {"min": float(fisher.min()), "max": float(fisher.max())}
+
+    def combine(self, one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
+        return {"min": min(one["min"], other["min"]), "max": max(one["max"], other["max"])}
+
+    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+        factors = self.weights or [1.0] * len(self.adapters)
+        deltas = [w[adapter] * factor for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
+        change = deltas[0]
+        for more in deltas[1:]:
+            change = change + more
+        scale = self.scale
+        if self.importance is not None:
+            change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
+            if self.layer_damping and at.layer is not None:
+                scale *= 1 - self._layer(at.layer, at)
+        return w[self.model] + change * scale
+
+    def _layer(self, layer: int, at: Place) -> float:
+        layers: Mapping[int, float] = at.known
+        if layer not in layers:
+            what = f"{self.importance} has no importance for layer {layer} ({at.name})"
+            raise StepError(what, mend="Make a mask of this very model, or set `layer_damping: false`.")
+        return layers[layer]
+
+
+def normalized(fisher: Tensor, how: str, totals: Mapping[str, float]) -> Tensor:
+    """F_param in [0, 1], float32, of one tensor's Fisher values (or, for minmax and log, of some rows of it).
+
+    totals: the least and largest value of the whole tensor (log: the least positive). A tensor whose values are all
+    equal has importance 0: none of its weights stands out.
+    """
+    import torch
+
+    if how == "rank":
+        # Mid-ranks: equal values, of which bfloat16 has many, share the mean of their places.
+        _, place, count = torch.unique(fisher, return_inverse=True, return_counts=True)
+        below = count.cumsum(0) - count
+        middle = (below + (count - 1) / 2) / max(fisher.numel() - 1, 1)
+        return middle.float()[place] if len(count) > 1 else torch.zeros_like(fisher)
+    if how == "clip":
+        top = fisher.flatten().kthvalue(max(1, math.ceil(CLIP * fisher.numel()))).values
+        low, high = float(fisher.min()), float(top)
+    else:
+        low, high = totals["min"], totals["max"]
+    if not low < high:
+        return torch.zeros_like(fisher)
+    if how == "log":
+        return (fisher.clamp(min=low) / low).log() / math.log(high / low)
+    return ((fisher - low) / (high - low)).clamp(0, 1)
+
+
+def layer_importance(facts: Any, where: str = "") -> dict[int, float]:
+    """F_layer by layer number: the Fisher sums of `layer_importance.json`, minmax over the layers."""
+    try:
+        sums = {int(layer): float(entry["sum"]) for layer, entry in facts["layers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StepError(f"layer_importance.json has no sum for each layer ({error!r})", where=where) from error
+    if not sums or not all(math.isfinite(value) for value in sums.values()):
+        raise StepError("layer_importance.json has no finite sums", where=where)
+    low, high = min(sums.values()), max(sums.values())
+    return {layer: (value - low) / (high - low) if high > low else 0.0 for layer, value in sums.items()}

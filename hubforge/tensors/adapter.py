@@ -1,0 +1,253 @@
+"""Read PEFT LoRA adapters: which base tensor each module changes, its factors, and the delta scaling * B @ A.
+
+adapter_config.json comes from strangers: each field used is checked. What is not a plain low-rank delta (DoRA, whole
+modules saved beside it, biases, convolutions, fused experts) is refused by name, so that nothing is lost in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubforge.errors import SourceError
+from hubforge.tensors import dtypes
+from hubforge.tensors.names import Aliases
+from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of adapter_config.json that decide what an adapter adds; `raw` holds all of them."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    fan_in_fan_out: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    raw: Mapping[str, Any]
+
+    @property
+    def base_model(self) -> str:
+        """The base the adapter says it was trained on; "" when it does not."""
+        return str(self.raw.get("base_model_name_or_path") or "")
+
+    def rank_of(self, module: str) -> int:
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scaling_of(self, module: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+        rank, alpha = self.rank_of(module), float(_by_pattern(self.alpha_pattern, module, self.alpha))
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's name, as PEFT matches them."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """The checked adapter_config.json at `path`."""
+    raw = read_json(path, limit=10_000_000)
+
+    def bad(what: str, mend: str = "") -> SourceError:
+        return SourceError(what, where=str(path), mend=mend)
+
+    def number(name: str, default: Any, kind: type[int] | type[float], value: Any = None) -> Any:
+        value = raw.get(name, default) if value is None else value
+        fits = type(value) in ((int,) if kind is int else (int, float))
+        if not fits or not math.isfinite(value) or (kind is int and not 1 <= value <= 1 << 20):
+            raise bad(f"{name} is {value!r}, not a {'positive whole ' if kind is int else ''}number")
+        return value
+
+    def flag(name: str) -> bool:
+        value = raw.get(name) or False
+        if not isinstance(value, bool):
+            raise bad(f"{name} is {value!r}, not true or false")
+        return value
+
+    def pattern(name: str, kind: type[int] | type[float]) -> dict[str, Any]:
+        values = raw.get(name) or {}
+        if not isinstance(values, dict):
+            raise bad(f"{name} is not a map of module patterns")
+        for key, value in values.items():
+            number(f"{name}[{key!r}]", None, kind, value)
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise bad(f"{name}: {key!r} is not a regular expression ({error})") from error
+        return values
+
+    if not isinstance(raw, dict):
+        raise bad("is not a JSON object")
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise bad(f"peft_type is {raw['peft_type']!r}; only LORA adapters can be merged")
+    for name in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "trainable_token_indices"):
+        if raw.get(name):
+            mend = "It changes the base by more than scaling * B @ A. Merge it with PEFT, or train without it."
+            raise bad(f"{name} is {raw[name]!r}, which is not supported", mend)
+    if raw.get("bias", "none") != "none":
+        raise bad(f"bias is {raw['bias']!r}, which is not supported", "Train with bias='none'.")
+    return AdapterConfig(
+        rank=number("r", 8, int),
+        alpha=number("lora_alpha", 8, float),
+        use_rslora=flag("use_rslora"),
+        fan_in_fan_out=flag("fan_in_fan_out"),
+        rank_pattern=pattern("rank_pattern", int),
+        alpha_pattern=pattern("alpha_pattern", float),
+        raw=raw,
+    )
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted module: A is (rank, in_features), B is (out_features, rank)."""
+
+    name: str  # as the adapter calls it, without `base_model.model.`: "model.layers.0.self_attn.q_proj"
+    a: TensorInfo
+    b: TensorInfo
+    scaling: float
+    transposed: bool  # the base stores (in_features, out_features): Conv1D layers and embeddings
+    embedding: bool
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the delta, as the base stores it."""
+        out_features, in_features = self.b.shape[0], self.a.shape[1]
+        return (in_features, out_features) if self.transposed else (out_features, in_features)
+
+
+class Adapter:
+    """A LoRA adapter on disk: its config, and its modules by the name the adapter gives them."""
+
+    def __init__(self, name: str, config: AdapterConfig, checkpoint: Checkpoint) -> None:
+        self.name, self.config, self.checkpoint = name, config, checkpoint
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    @property
+    def where(self) -> str:
+        return str(self.checkpoint.path)
+
+    @cached_property
+    def modules(self) -> Mapping[str, LoraModule]:
+        """Every module, checked: both factors there, two-dimensional, of the rank that the config gives."""
+        factors: dict[str, dict[str, TensorInfo]] = {}
+        embeddings = set()
+        for key, info in self.checkpoint.tensors.items():
+            found = _KEY.fullmatch(key)
+            if not found:
+                mend = "Only lora_A and lora_B can be merged: DoRA magnitudes, biases and whole saved modules cannot."
+                raise SourceError(f"tensor {key!r} is no LoRA factor", where=self.where, mend=mend)
+            module = found["module"].removeprefix(_PREFIX)
+            if found["embedding"]:
+                embeddings.add(module)
+            factors.setdefault(module, {})[found["factor"]] = info
+        if not factors:
+            raise SourceError("the adapter has no tensors", where=self.where)
+        return {module: self._module(module, parts, module in embeddings) for module, parts in factors.items()}
+
+    def _module(self, module: str, parts: Mapping[str, TensorInfo], embedding: bool) -> LoraModule:
+        if set(parts) != {"A", "B"}:
+            missing = "B" if "A" in parts else "A"
+            raise SourceError(f"{module} has no lora_{missing}", where=self.where)
+        a, b = parts["A"], parts["B"]
+        for info in (a, b):
+            if len(info.shape) != 2:
+                what = f"{info.name!r} has shape {list(info.shape)}; only matrices are supported, not convolutions"
+                raise SourceError(what, where=self.where)
+            if info.dtype not in dtypes.FLOATS:
+                raise SourceError(f"{info.name!r} is {info.dtype}, not a float", where=self.where)
+        rank = self.config.rank_of(module)
+        if a.shape[0] != rank or b.shape[1] != rank:
+            what = f"{module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG} gives rank {rank}"
+            raise SourceError(what, where=self.where)
+        transposed = embedding or self.config.fan_in_fan_out
+        return LoraModule(module, a, b, self.config.scaling_of(module), transposed, embedding)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of a module, float32, not scaled."""
+        found = self.modules[module]
+        return self.checkpoint.read(found.a.name).float(), self.checkpoint.read(found.b.name).float()
+
+    def on(self, base: Checkpoint) -> dict[str, LoraModule]:
+        """The module that changes each tensor of `base`, by the base's tensor name.
+
+        Names are matched across `model.` and `model.language_model.`. SourceError for a module that the base lacks,
+        and for a delta of another shape.
+        """
+        aliases = Aliases(base, str(base.path))
+        found: dict[str, LoraModule] = {}
+        for module in self.modules.values():
+            tensor = aliases.find(f"{module.name}.weight")
+            if tensor is None:
+                raise self._not_in(base, module)
+            info = base.info(tensor)
+            if info.shape != module.shape:
+                what = (
+                    f"the delta of {module.name} is {list(module.shape)}, "
+                    f"but {tensor} in {info.file} is {list(info.shape)}"
+                )
+                raise SourceError(what, where=self.where, mend=self._trained_on())
+            found[tensor] = module
+        return found
+
+    def _not_in(self, base: Checkpoint, module: LoraModule) -> SourceError:
+        what = f"changes {module.name}, but {base.path} has no tensor {module.name}.weight"
+        if module.name.rpartition(".")[2] in ("lm_head", "embed_out"):
+            mend = "Its output head is tied to the embeddings, so it cannot change alone; train without lm_head."
+        else:
+            mend = self._trained_on()
+        return SourceError(what, where=self.where, mend=mend)
+
+    def _trained_on(self) -> str:
+        base = self.config.base_model
+        return f"It was trained on {base}; is that this model?" if base else "Was it trained on another model?"
+
+
+def delta(module: LoraModule, a: Tensor, b: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """Rows [first, last) of scaling * B @ A, float32, as the base stores them.
+
+    a, b: the factors, float32. The product is scaled afterwards, as PEFT does, so that a merge has PEFT's bits.
+    """
+    product: Tensor = (b @ a[:, first:last]).T if module.transposed else b[first:last] @ a
+    return product * module.scaling
+
+
+def open_adapter(path: Path, name: str = "") -> Adapter:
+    """The LoRA adapter in a folder. Raises SourceError for anything but a plain LoRA."""
+    if not path.is_dir():
+        raise SourceError("no such adapter folder", where=str(path))
+    config = read_adapter_config(path / CONFIG)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        weights = path / "adapter_model.bin"
+    if not weights.is_file():
+        raise SourceError(f"the adapter has no {WEIGHTS}", where=str(path))
+    return Adapter(name or path.name, config, open_checkpoint(weights))

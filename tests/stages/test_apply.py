@@ -1,0 +1,151 @@
+"""`apply`: by hand, its laws, and beside PEFT."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hubforge.errors import SourceError, StepError
+from hubforge.op import Place
+from hubforge.stages.apply import Apply, layer_importance, normalized
+
+
+def test_apply_adds_the_scaled_product():
+    op = Apply(model="m", adapters=["a", "b"], weights=[1.0, -2.0], scale=0.5)
+    w = {"m": torch.tensor([[1.0, 2.0]]), "a": torch.tensor([[2.0, 0.0]]), "b": torch.tensor([[0.0, 3.0]])}
+    # 1 + 0.5 * 2, 2 - 0.5 * 2 * 3
+    assert op.tensor(w, Place("w")).tolist() == [[2.0, -1.0]]
+
+
+def test_importance_damps_weights_and_layers():
+    op = Apply(model="m", adapters=["a"], importance="f")
+    w = {"m": torch.zeros(1, 3), "a": torch.ones(1, 3), "f": torch.tensor([[2.0, 3.0, 4.0]])}
+    at = Place("w", layer=1, known={0: 0.0, 1: 0.25}, totals=op.measure(w, Place("w")))
+    # F_param = [0, .5, 1], F_layer = .25
+    assert op.tensor(w, at).tolist() == [[0.75, 0.375, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("minmax", [0.0, 0.0, 9 / 99, 1.0]),
+        ("log", [0.0, 0.0, 0.5, 1.0]),
+        ("rank", [1 / 6, 1 / 6, 2 / 3, 1.0]),
+    ],
+)
+def test_normalized(how, expected):
+    fisher = torch.tensor([1.0, 1.0, 10.0, 100.0])
+    torch.testing.assert_close(normalized(fisher, how, {"min": 1.0, "max": 100.0}), torch.tensor(expected))
+
+
+def test_clip_counts_the_top_percent_as_one():
+    fisher = torch.arange(200.0)
+    fisher[-1] = 1e9
+    found = normalized(fisher, "clip", {})
+    assert found[198] == found[199] == 1.0
+    assert found[99] == 99 / 197
+
+
+def test_equal_importance_damps_nothing():
+    assert normalized(torch.full((4,), 3.0), "minmax", {"min": 3.0, "max": 3.0}).tolist() == [0.0] * 4
+
+
+def test_layer_importance_is_minmax_of_sums():
+    facts = {"layers": {"0": {"sum": 1.0}, "1": {"sum": 3.0}, "10": {"sum": 5.0}}}
+    assert layer_importance(facts) == {0: 0.0, 1: 0.5, 10: 1.0}
+
+
+def test_scale_zero_is_the_model_bit_for_bit(tiny_llama, tiny_loras, context, run_op, tensors_of):
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras["one"]))
+    metrics = run_op(Apply(model="m", adapters=["a"], scale=0.0), ctx)
+    before, after = tensors_of(tiny_llama), tensors_of(ctx.out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+    assert metrics["changed"] == 0
+
+
+@pytest.mark.parametrize("adapter", ["one", "low", "rs"])
+def test_apply_gives_the_bits_of_pefts_merge(adapter, tiny_llama, tiny_loras, context, run_op, tensors_of):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras[adapter]))
+    metrics = run_op(Apply(model="m", adapters=["a"]), ctx)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, tiny_loras[adapter]).merge_and_unload().state_dict()
+    found = tensors_of(ctx.out)
+    assert found.keys() == merged.keys()
+    assert metrics["changed"] == 14
+    for name in found:
+        assert torch.equal(found[name], merged[name]), name
+
+
+def test_merged_model_computes_what_the_adapter_computes(tiny_llama, tiny_loras, context, run_op):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras["rs"]))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tiny_loras["rs"])(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(ctx.out)
+        assert merged.dtype == torch.float32
+        # float32 sums in another order.
+        torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (plain - adapted).abs().max() > 0.1
+
+
+def fisher_folder(tmp_path, model_tensors, names, layers):
+    folder = tmp_path / "fisher"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    fisher = {n: torch.rand(model_tensors[n].shape, generator=generator).square().bfloat16() for n in names}
+    save_file(fisher, folder / "fisher.safetensors")
+    sums = {str(i): {"sum": float(i), "mean": 0.0, "count": 1} for i in range(layers)}
+    (folder / "layer_importance.json").write_text(json.dumps({"layers": sums}))
+    return folder, fisher
+
+
+@pytest.mark.parametrize("how", ["minmax", "log", "rank", "clip"])
+def test_damped_merge_equals_the_formula(how, tmp_path, tiny_llama, tiny_loras, context, run_op, tensors_of):
+    weights = tensors_of(tiny_llama)
+    names = [name for name in weights if "proj" in name]
+    folder, fisher = fisher_folder(tmp_path, weights, names, 2)
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras["one"]), f=("mask", folder))
+    run_op(Apply(model="m", adapters=["a"], importance="f", scale=0.3, normalize=how, dtype="float32"), ctx)
+    found = tensors_of(ctx.out)
+    lora = tensors_of(tiny_loras["one"])
+    for name in names:
+        f = fisher[name].float()
+        gate = 1 - normalized(
+            f, how, {"min": float(f[f > 0].min() if how == "log" else f.min()), "max": float(f.max())}
+        )
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        delta = 2.0 * (lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float())
+        layer = 1.0 - int(name.split(".")[2])  # sums 0 and 1: the top layer does not change
+        torch.testing.assert_close(found[name], weights[name].float() + 0.3 * layer * gate * delta)
+
+
+def test_a_mask_that_lacks_a_tensor_is_named(tmp_path, tiny_llama, tiny_loras, context, run_op, tensors_of):
+    weights = tensors_of(tiny_llama)
+    folder, _ = fisher_folder(tmp_path, weights, ["model.layers.0.mlp.up_proj.weight"], 2)
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras["one"]), f=("mask", folder))
+    with pytest.raises(StepError, match=r"f has no importance for model\.layers\.0\.\w+\.\w+\.weight"):
+        run_op(Apply(model="m", adapters=["a"], importance="f"), ctx)
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_shapes(checkpoint_folder, adapter_folder, context, run_op):
+    model = checkpoint_folder("m", {"model.layers.0.mlp.up_proj.weight": torch.zeros(6, 4).bfloat16()})
+    adapter = adapter_folder("a", {"model.layers.0.mlp.up_proj": (torch.ones(2, 5), torch.ones(6, 2))})
+    ctx = context(m=("model", model), a=("adapter", adapter))
+    with pytest.raises(SourceError, match=r"up_proj is \[6, 5\], but .*up_proj\.weight in .* is \[6, 4\]"):
+        run_op(Apply(model="m", adapters=["a"]), ctx)
+
+
+def test_as_many_weights_as_adapters():
+    with pytest.raises(ValueError, match="weights has 1 entries for 2 adapters"):
+        Apply(model="m", adapters=["a", "b"], weights=[1.0])
