@@ -1,4 +1,4 @@
-"""Uploads made of a few bytes, and a record of every request that the client sent."""
+"""For publishing: `hub_of_me`, `make_upload` (a few bytes each), and `sent`, which records and spoils requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeUpload = Callable[..., Upload]
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub_of_me(tmp_path: Path) -> Iterator[Hub]:
     """A Hub of one user, `me`, who has one token; files from 2,000 bytes on are large files."""
     settings = HubSettings(tokens={TOKEN: "me", "hf_somebodyelse": "you"}, lfs_from=2000)
     with LocalHub(tmp_path / "hub", settings=settings) as local:
@@ -131,11 +131,11 @@ class _Recording(httpx2.Client):
 
 
 @pytest.fixture
-def requests() -> Iterator[Requests]:
+def sent() -> Iterator[Requests]:
     """Every request of the client from here on; see `Requests` for faults."""
-    sent = Requests()
-    set_client_factory(lambda: _Recording(sent))
-    yield sent
+    requests = Requests()
+    set_client_factory(lambda: _Recording(requests))
+    yield requests
     set_client_factory(default_client_factory)
 
 

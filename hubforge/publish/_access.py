@@ -57,10 +57,14 @@ def check_access(hub: Hub, repos: Iterable[str]) -> tuple[Access, ...]:
     return tuple(found)
 
 
+def is_local(hub: Hub) -> bool:
+    """Whether that Hub runs on this machine."""
+    return (urlsplit(hub.endpoint).hostname or "") in _LOOPBACK
+
+
 def sends_token_in_clear(hub: Hub) -> bool:
     """Whether the token would cross a network unencrypted."""
-    address = urlsplit(hub.endpoint)
-    return hub.token is not None and address.scheme != "https" and (address.hostname or "") not in _LOOPBACK
+    return hub.token is not None and urlsplit(hub.endpoint).scheme != "https" and not is_local(hub)
 
 
 def _look(hub: Hub, repo: str, me: Mapping[str, Any]) -> Access:

@@ -43,7 +43,7 @@ class Retry:
     report: Report = silent
     step: str = ""
     patience: float = PATIENCE
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] = field(default_factory=lambda: time.sleep)
     waited: float = field(default=0.0, init=False)
 
     def call(self, function: Callable[[], T], *, client_retries: bool = False, resend: bool = True) -> T:

@@ -13,7 +13,7 @@ from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Event, Progress, Warned, silent
 from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish.hub import HubPublisher, plan_push, push
-from tests.publish.conftest import TOKEN, MakeUpload, Requests, digest, json_answer
+from tests.fixtures_publish import TOKEN, MakeUpload, Requests, digest, json_answer
 
 BIG = b"w" * 5000  # large enough for large-file storage in the `hub` fixture
 SMALL = b'{"hidden_size": 64}'
@@ -74,14 +74,14 @@ def test_first_push_makes_one_commit_with_large_and_small_files_and_a_tag(hub: H
 
 
 def test_pushing_again_makes_no_commit_and_sends_three_requests(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     upload = make_upload({"model.safetensors": BIG, "config.json": SMALL}, tag="v1.0")
     first = push(upload, hub, silent)
-    requests.clear()
+    sent.clear()
     again = push(upload, hub, silent)
     head = first["commit"]
-    assert requests == [
+    assert sent == [
         "GET /api/models/me/model/revision/main",
         f"GET /api/models/me/model/tree/{head}?recursive=true&expand=false",
         "GET /api/models/me/model/refs",
@@ -89,23 +89,23 @@ def test_pushing_again_makes_no_commit_and_sends_three_requests(
     assert again["commit"] == head and again["pushed"] == [] and again["unchanged"] == 5 and again["bytes"] == 0
 
 
-def test_only_what_changed_is_sent(hub: Hub, make_upload: MakeUpload, requests: Requests) -> None:
+def test_only_what_changed_is_sent(hub: Hub, make_upload: MakeUpload, sent: Requests) -> None:
     push(make_upload({"a.safetensors": BIG, "b.safetensors": BIG + b"b", "config.json": SMALL}), hub, silent)
-    requests.clear()
+    sent.clear()
     changed = BIG[:-1] + b"x"  # the same size
     told = push(make_upload({"a.safetensors": changed, "b.safetensors": BIG + b"b", "config.json": b"{}"}), hub, silent)
     assert told["pushed"] == ["a.safetensors", "config.json", "hubforge.release.json", "SHA256SUMS"]
     assert told["unchanged"] == 2
-    assert len([line for line in requests if line.startswith("PUT")]) == 1
+    assert len([line for line in sent if line.startswith("PUT")]) == 1
     assert files_at(hub)["a.safetensors"] == changed
 
 
-def test_a_large_file_under_a_new_name_is_not_sent_again(hub: Hub, make_upload: MakeUpload, requests: Requests) -> None:
+def test_a_large_file_under_a_new_name_is_not_sent_again(hub: Hub, make_upload: MakeUpload, sent: Requests) -> None:
     push(make_upload({"old.safetensors": BIG}), hub, silent)
-    requests.clear()
+    sent.clear()
     told = push(make_upload({"new.safetensors": BIG}), hub, silent)
     assert told["deleted"] == ["old.safetensors"]
-    assert not [line for line in requests if line.startswith("PUT")]
+    assert not [line for line in sent if line.startswith("PUT")]
     assert files_at(hub)["new.safetensors"] == BIG
 
 
@@ -183,14 +183,14 @@ def test_two_folders_of_a_mask_repository_do_not_touch_each_other(hub: Hub, make
 
 
 def test_a_tag_that_marks_another_release_stops_the_push_before_anything_is_sent(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     first = push(make_upload({"config.json": b"1"}, tag="v1.0"), hub, silent)
-    requests.clear()
+    sent.clear()
     with pytest.raises(PublishError, match=r"the tag v1\.0 already marks commit") as caught:
         push(make_upload({"config.json": b"2"}, tag="v1.0"), hub, silent)
     assert first["commit"] in str(caught.value) and "me/model" in str(caught.value)
-    assert not [line for line in requests if not line.startswith("GET")]
+    assert not [line for line in sent if not line.startswith("GET")]
 
 
 def test_a_tag_stays_where_it_is_when_others_moved_main_and_our_files_did_not_change(
@@ -268,11 +268,11 @@ def test_progress_counts_bytes_up_to_the_whole(hub: Hub, make_upload: MakeUpload
 
 
 def test_a_card_the_hub_refuses_stops_the_push_before_large_files_are_sent(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     with pytest.raises(PublishError, match=r"front matter of README\.md"):
         push(make_upload({"model.safetensors": BIG}, card="---\nlicense: [\n---\n"), hub, silent)
-    assert not [line for line in requests if line.startswith("PUT") or "/commit/" in line]
+    assert not [line for line in sent if line.startswith("PUT") or "/commit/" in line]
 
 
 def test_a_file_the_repository_ignores_is_named(hub: Hub, make_upload: MakeUpload) -> None:
@@ -296,7 +296,7 @@ def test_a_file_that_changed_on_disk_since_it_was_made_is_not_published(
 
 
 def test_a_wrong_answer_of_the_tree_after_the_commit_names_the_file_and_sets_no_tag(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     seen: list[int] = []
 
@@ -319,7 +319,7 @@ def test_a_wrong_answer_of_the_tree_after_the_commit_names_the_file_and_sets_no_
         for file in upload.files
         if file.path != "SHA256SUMS"
     ]
-    requests.answer(second_tree, json_answer(200, lying))
+    sent.answer(second_tree, json_answer(200, lying))
     with pytest.raises(VerifyError) as caught:
         push(upload, hub, silent)
     text = str(caught.value)
@@ -329,22 +329,22 @@ def test_a_wrong_answer_of_the_tree_after_the_commit_names_the_file_and_sets_no_
 
 
 def test_somebody_else_committing_another_file_meanwhile_is_no_matter(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     push(make_upload({"config.json": b"1"}), hub, silent)
-    requests.then(lambda request: "/preupload/" in request.url.path, lambda: _outside(hub, "notes.md", b"by hand"))
+    sent.then(lambda request: "/preupload/" in request.url.path, lambda: _outside(hub, "notes.md", b"by hand"))
     told = push(make_upload({"config.json": b"2"}), hub, silent)
     found = files_at(hub)
     assert found["config.json"] == b"2" and found["notes.md"] == b"by hand"
     assert commits(hub) == 4 and told["commit"] == HfApi(hub.endpoint, token=TOKEN).model_info("me/model").sha
-    assert len([line for line in requests if "POST" in line and "/commit/" in line]) == 3  # first, refused, second
+    assert len([line for line in sent if "POST" in line and "/commit/" in line]) == 3  # first, refused, second
 
 
 def test_somebody_else_publishing_the_same_file_meanwhile_stops_the_push(
-    hub: Hub, make_upload: MakeUpload, requests: Requests
+    hub: Hub, make_upload: MakeUpload, sent: Requests
 ) -> None:
     push(make_upload({"config.json": b"1", "extra.json": b"1"}), hub, silent)
-    requests.then(lambda request: "/preupload/" in request.url.path, lambda: _outside(hub, "extra.json", b"theirs"))
+    sent.then(lambda request: "/preupload/" in request.url.path, lambda: _outside(hub, "extra.json", b"theirs"))
     with pytest.raises(PublishError, match=r"somebody else published .* at the same time: extra\.json") as caught:
         push(make_upload({"config.json": b"2", "extra.json": b"1"}), hub, silent)
     assert "run the same command again" in str(caught.value)

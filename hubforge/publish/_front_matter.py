@@ -1,0 +1,103 @@
+"""What a published card's front matter says, against the release: licence, bases, results.
+
+The card is untrusted: its front matter is parsed as plain data, without aliases (a few lines of which can stand for
+gigabytes), and compared; nothing of it is rendered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hubforge.publish._paths import shown
+from hubforge.release import Release
+
+_LIMIT = 128 << 10  # characters; PyYAML takes about a second for as much
+_RELATIONS = ("adapter", "merge", "quantized", "finetune")  # huggingface.co/docs/hub/model-cards, "base_model_relation"
+
+
+def front_matter_faults(card: str, release: Release) -> Iterator[str]:
+    """One line for each thing in a card's front matter that is not well formed, or that the release contradicts."""
+    try:
+        front = read_front_matter(card)
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from _license_faults(front, release)
+    yield from _base_faults(front, release)
+    yield from _result_faults(front, release)
+
+
+def read_front_matter(card: str) -> Mapping[str, Any]:
+    """The front matter of a card; ValueError when it has none, or none that is a YAML mapping without aliases."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it uses an alias")
+            return super().compose_node(parent, index)
+
+    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", card, re.DOTALL | re.MULTILINE)
+    if match is None:
+        raise ValueError("has no front matter between two lines of ---")
+    if len(match[1]) > _LIMIT:
+        raise ValueError(f"has front matter of {len(match[1]):,} characters, but {_LIMIT:,} are plenty")
+    try:
+        front = yaml.load(match[1], Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"has front matter that cannot be read: {shown(' '.join(str(error).split()))}") from error
+    if not isinstance(front, dict):
+        raise ValueError("has front matter that is not a mapping")
+    return front
+
+
+def _told(value: object) -> str:
+    return shown(repr(value)) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _slug(name: object) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if isinstance(name, str) else ""
+
+
+def _license_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
+    """A licence the Hub has no word for is written `other`, with its name beside it."""
+    said = front.get("license_name") if front.get("license") == "other" else front.get("license")
+    if release.license and _slug(said or front.get("license")) != _slug(release.license):
+        yield f"says license {_told(said)}, but the release has {shown(release.license)}"
+
+
+def _base_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
+    known = {source.repo for source in release.sources} | {target.repo for target in release.targets}
+    known |= {str(source.facts.get("base_model")) for source in release.sources}
+    bases = front.get("base_model")
+    for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []:
+        if not isinstance(base, str) or base not in known:
+            yield f"says base_model {_told(base)}, which the release does not know"
+    relation = front.get("base_model_relation")
+    if relation is not None and not (isinstance(relation, str) and relation in _RELATIONS):
+        yield f"says base_model_relation {_told(relation)}, but the Hub knows {', '.join(_RELATIONS)}"
+
+
+def _result_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
+    """Each number of `model-index` must be one that the release measured, to the digits that the card gives."""
+    measured: dict[str, list[float]] = {}
+    for metric in release.metrics:
+        measured.setdefault(metric.metric, []).append(metric.value)
+    for model in _list(front.get("model-index")):
+        for result in _list(_get(model, "results")):
+            for metric in _list(_get(result, "metrics")):
+                name, value = _get(metric, "type"), _get(metric, "value")
+                if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
+                    yield f"has a result of {_told(name)} that is no number: {_told(value)}"
+                elif not any(abs(value - known) <= 5e-7 for known in measured.get(name, ())):
+                    yield f"says {shown(name)} is {value}, which the release did not measure"
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _get(value: object, key: str) -> object:
+    return value.get(key) if isinstance(value, dict) else None
