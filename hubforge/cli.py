@@ -19,7 +19,6 @@ app = typer.Typer(
     name="hubforge",
     help="From a recipe to a published, evaluated, documented, verifiable model on the Hugging Face Hub.",
     epilog="Start with: hubforge init merge my-model.yaml",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,7 +32,7 @@ Steps = Annotated[list[str] | None, typer.Argument(help="Only these steps and wh
 JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
     ctx: typer.Context,
     store: Annotated[
@@ -52,6 +51,9 @@ def options(
 ) -> None:
     if version:
         typer.echo(f"hubforge {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
         raise typer.Exit
     ctx.obj = {"store": store, "offline": offline, "device": device, "memory": memory, "llama_cpp": llama_cpp,
                "quiet": quiet, "debug": debug}  # fmt: skip
@@ -316,32 +318,21 @@ def main() -> None:
 
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
+        app()
     except HubforgeError as error:
         if debug:
             raise
-        sys.stderr.write(colour("error", 31) + f": {error}\n")
+        sys.stderr.write(f"{colour('error', 31)}: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was complete is kept, and the next run goes on from it\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - the reader went away; say nothing more
-        sys.exit(141)
+    except SystemExit as stop:
+        if stop.code == 130:
+            sys.stderr.write("interrupted; what was complete is kept, and the next run goes on from it\n")
+        raise
     except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        if isinstance(error, click.Abort):
-            sys.exit(130)
         if debug:
             raise
         sys.stderr.write(
-            colour("error", 31) + f": a bug in hubforge: {type(error).__name__}: {error}\n"
+            f"{colour('error', 31)}: a bug in hubforge: {type(error).__name__}: {error}\n"
             "  Please report it with the output of the same command and --debug.\n"
         )
         sys.exit(1)
