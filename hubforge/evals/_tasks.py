@@ -106,14 +106,16 @@ def check_scorers(manager: Any, names: Sequence[str]) -> None:
 
     if str(NLTK_DATA) not in nltk.data.path:
         nltk.data.path.append(str(NLTK_DATA))  # ours last: the user's own come first
-    from nltk.tokenize import punkt_model_available
+    from nltk.tokenize.punkt import PunktTokenizer
 
-    if not punkt_model_available("english"):
+    try:
+        PunktTokenizer("english")
+    except LookupError:
         raise StepError(
             "NLTK's sentence model for English (punkt_tab) is not here, and the task's scorer needs it",
             where=str(NLTK_DATA),
             mend="It comes with hubforge: install it again, or `python -m nltk.downloader punkt_tab`.",
-        )
+        ) from None
 
 
 def _uses_nltk(manager: Any, name: str) -> bool:
