@@ -6,7 +6,9 @@ sampling, stopping or penalties comes in between. Imported by `worker` only, in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 _BATCH = 512  # tokens per llama_decode, and llama.cpp's own default for a micro-batch
+
+_TOKENIZER_MODEL, _SPACE_PREFIX = "tokenizer.ggml.model", "tokenizer.ggml.add_space_prefix"
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # as SentencePiece writes a byte
 
 
 class Backend(Protocol):
@@ -24,12 +30,17 @@ class Backend(Protocol):
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
+    adds_space: bool  # whether tokenizing puts a space before a text, which its pieces then begin with
     chat_template: str | None
     batch: int
 
     def tokenize(self, text: str, special: bool) -> list[int]: ...
 
-    def detokenize(self, ids: Sequence[int], special: bool) -> str: ...
+    def piece(self, token: int, special: bool) -> bytes:
+        """The bytes a token stands for; of a control token none, unless special.
+
+        Not llama_detokenize: for several families, Llama 3 among them, it takes away spaces before punctuation.
+        """
 
     def is_end(self, token: int) -> bool: ...
 
@@ -53,6 +64,20 @@ def open_backend(path: str, context: int, threads: int, gpu: bool, library: str 
 
 def _id(token: int) -> int | None:
     return token if token >= 0 else None  # llama.cpp's LLAMA_TOKEN_NULL is -1.
+
+
+def _adds_space(metadata: Mapping[str, str]) -> bool:
+    """As llama.cpp decides it: what the GGUF says, else yes for SentencePiece and no for the others."""
+    said = metadata.get(_SPACE_PREFIX, "")
+    return said == "true" if said else metadata.get(_TOKENIZER_MODEL) in ("llama", "t5")
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """GPT-2's letters for bytes, as byte-level vocabularies are written in. Source: openai/gpt-2, encoder.py."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 class CyllamaBackend:
@@ -82,13 +107,22 @@ class CyllamaBackend:
         self.vocab_size = int(self._vocab.n_vocab)
         self.bos_id, self.eos_id = _id(self._vocab.token_bos()), _id(self._vocab.token_eos())
         self.adds_bos = bool(self._vocab.get_add_bos())
+        self.adds_space = _adds_space(self._model.metadata())
         self.chat_template: str | None = self._model.get_default_chat_template() or None
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [int(token) for token in self._vocab.tokenize(text, False, special)]
 
-    def detokenize(self, ids: Sequence[int], special: bool) -> str:
-        return str(self._vocab.detokenize(list(ids), 32 * len(ids) + 64, False, special)) if ids else ""
+    def piece(self, token: int, special: bool) -> bytes:
+        piece = str(self._vocab.token_to_piece(token, 0, special))
+        if _REPLACEMENT not in piece:
+            return piece.encode()
+        # Part of a character, which cyllama gives as a replacement: the vocabulary's own spelling tells which bytes.
+        text = str(self._vocab.get_text(token))
+        if byte := _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(byte[1], 16)])
+        known = _byte_of()
+        return bytes(known[letter] for letter in text) if all(letter in known for letter in text) else piece.encode()
 
     def is_end(self, token: int) -> bool:
         return bool(self._vocab.is_eog(token))
@@ -149,6 +183,7 @@ class LlamaCppPythonBackend:
         self.bos_id = _id(native.llama_vocab_bos(self._vocab))
         self.eos_id = _id(native.llama_vocab_eos(self._vocab))
         self.adds_bos = bool(native.llama_vocab_get_add_bos(self._vocab))
+        self.adds_space = _adds_space({key: self._text(key) for key in (_TOKENIZER_MODEL, _SPACE_PREFIX)})
         template = native.llama_model_chat_template(self._model, None)
         self.chat_template: str | None = template.decode() if template else None
 
@@ -160,20 +195,27 @@ class LlamaCppPythonBackend:
             raise RuntimeError(f"llama_tokenize wants room for {-count} tokens")
         return list(tokens[:count])
 
-    def detokenize(self, ids: Sequence[int], special: bool) -> str:
+    def piece(self, token: int, special: bool) -> bytes:
         import ctypes
 
-        tokens = (self._native.llama_token * len(ids))(*ids)
-        size = 32 * len(ids) + 64
+        size = 64
         while True:
             text = ctypes.create_string_buffer(size)
-            count = self._native.llama_detokenize(self._vocab, tokens, len(ids), text, size, False, special)
+            count = self._native.llama_token_to_piece(self._vocab, token, text, size, 0, special)
             if count >= 0:
-                return text.raw[:count].decode(errors="replace")
+                return text.raw[:count]
             size = -count
 
     def is_end(self, token: int) -> bool:
         return bool(self._native.llama_vocab_is_eog(self._vocab, token))
+
+    def _text(self, key: str) -> str:
+        """The metadata under that key as text, "" when there is none."""
+        import ctypes
+
+        text = ctypes.create_string_buffer(64)
+        count = self._native.llama_model_meta_val_str(self._model, key.encode(), text, len(text))
+        return text.value.decode() if count >= 0 else ""
 
     def clear(self) -> None:
         self._native.llama_memory_clear(self._native.llama_get_memory(self._context), True)

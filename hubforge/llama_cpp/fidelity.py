@@ -6,7 +6,7 @@ permuted head. Tokens tell the first two, the divergence of the logits the rest,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, gguf: GgufModel, strings: S
     """
     checked = 0
     for text in (*STRINGS, *_around_special(tokenizer), *strings):
-        expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        expected = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         found = gguf.tokenize(text)
         if found != expected:
             raise StepError(
@@ -129,7 +129,9 @@ def measure(
             where=str(gguf.path),
         )
     divergences, agreements = [], []
-    windows = list(_windows(tokenizer, passages or PASSAGES, gguf.context))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", _WINDOW)
+    most = min(_WINDOW, gguf.context, room)
+    windows = [tokenizer(text, verbose=False)["input_ids"][:most] for text in passages or PASSAGES if text]
     for done, ids in enumerate(windows, 1):
         with torch.inference_mode():
             reference = model(torch.tensor([ids], device=model.device)).logits[0].float().cpu().numpy()
@@ -164,13 +166,6 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
 
     shifted = row.astype(np.float64) - row.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
-
-
-def _windows(tokenizer: Any, passages: Sequence[str], context: int) -> Iterator[list[int]]:
-    for text in passages:
-        ids = list(tokenizer(text)["input_ids"])[: min(_WINDOW, context)]
-        if ids:
-            yield ids
 
 
 def _around_special(tokenizer: Any) -> list[str]:

@@ -16,12 +16,16 @@ def main() -> int:
     asked = json.loads(sys.argv[1])
     exit_with_parent()
     source, target, ftype, threads = asked["source"], asked["target"], asked["ftype"], asked["threads"]
-    if find_spec("cyllama") is not None:
-        library = by_cyllama(source, target, ftype, threads)
-    elif find_spec("llama_cpp") is not None:
-        library = by_llama_cpp_python(source, target, ftype, threads)
-    else:
-        print("neither cyllama nor llama-cpp-python is installed", file=sys.stderr)  # noqa: T201 - the parent reads it
+    try:
+        if find_spec("cyllama") is not None:
+            library = by_cyllama(source, target, ftype, threads)
+        elif find_spec("llama_cpp") is not None:
+            library = by_llama_cpp_python(source, target, ftype, threads)
+        else:
+            raise RuntimeError("neither cyllama nor llama-cpp-python is installed")
+    except (RuntimeError, ValueError, OSError) as error:
+        # No traceback: the lines before this one, which the C++ wrote, say what is wrong.
+        print(error, file=sys.stderr)  # noqa: T201 - the parent reads it
         return 1
     print(library)  # noqa: T201
     return 0

@@ -92,4 +92,5 @@ def _fallbacks(path: Path, type_: str) -> tuple[str, ...]:
         f"{tensor.name} ({tensor.type})"
         for tensor in read_header(path).tensors
         if len(tensor.shape) > 1 and tensor.shape[0] % _K_BLOCK and blocks[tensor.type] < _K_BLOCK
+        if tensor.type != "F32"  # What is left in float32, as routers are, was never to be quantized.
     )

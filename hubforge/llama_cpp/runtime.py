@@ -132,8 +132,8 @@ class GgufModel:
         return str(facts["text"])
 
     def _ask(self, what: str, **arguments: Any) -> tuple[dict[str, Any], bytes]:
-        if self._process.poll() is not None:
-            raise self._death()
+        if self._log.closed:
+            raise StepError("this GGUF was closed", where=str(self.path))
         stdin = cast("IO[bytes]", self._process.stdin)
         try:
             stdin.write(json.dumps({"do": what, **arguments}).encode() + b"\n")

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
 from hubforge.llama_cpp.backends import Backend, open_backend
@@ -26,6 +27,7 @@ class Session:
 
     def __init__(self, backend: Backend, context: int) -> None:
         self.backend, self.context = backend, context
+        self.piece = cache(backend.piece)
 
     def describe(self) -> dict[str, Any]:
         backend = self.backend
@@ -42,7 +44,11 @@ class Session:
         return {"ids": self.backend.tokenize(text, special)}
 
     def detokenize(self, ids: list[int], special: bool) -> dict[str, Any]:
-        return {"text": self.backend.detokenize(ids, special)}
+        return {"text": self.text(ids, special)}
+
+    def text(self, ids: Sequence[int], special: bool) -> str:
+        text = b"".join(self.piece(token, special) for token in ids).decode(errors="replace")
+        return text.removeprefix(" ") if self.backend.adds_space else text
 
     def logits(self, ids: list[int], start: int) -> np.ndarray:
         import numpy as np
@@ -74,11 +80,11 @@ class Session:
             if self.backend.is_end(token):
                 break
             made.append(token)
-            if stop and any(text in self.backend.detokenize(made[-window:], True) for text in stop):
+            if stop and any(text in self.text(made[-window:], True) for text in stop):
                 break
             if len(made) < max_tokens and len(ids) + len(made) < self.context:
                 row = self.backend.decode([token], len(ids) + len(made) - 1, True)
-        text = self.backend.detokenize(made, False)
+        text = self.text(made, False)
         cuts = [at for at in (text.find(one) for one in stop) if at >= 0]
         return {"text": text[: min(cuts)] if cuts else text, "tokens": len(made)}
 
