@@ -232,7 +232,7 @@ def steps() -> tuple[StepRecord, ...]:
             metrics={
                 "parameters": 7_463_000_000,
                 "dtype": "bfloat16",
-                "effective_gain": {"mean": 0.982, "min": 0.914, "max": 1.0},
+                "gain": {"tensors": 258, "unchanged": 0, "median": 0.982, "min": 0.914, "max": 1.0},
             },
         ),
         step(
@@ -296,6 +296,15 @@ def steps() -> tuple[StepRecord, ...]:
             summary=summary,
             fields={"on": [on], "baseline": "instruct", **fields},
             inputs={on: full, "instruct": "sources.instruct"},
+            metrics={
+                "conditions": {
+                    "weights": {"model.safetensors": digest("weights")},
+                    "weights_sha256": digest("all weights"),
+                    "chat_template": True,
+                    "limit": None,
+                    "tasks": {name: {"version": 4, "documents_sha256": digest(name), "num_fewshot": 0}},
+                }
+            },
         )
         for index, (name, on, full, op, summary, fields) in enumerate(
             [
@@ -513,6 +522,7 @@ def rich_release() -> Release:
                 files=_pushed("adapters.chat", ran),
             ),
         ),
+        lock={"version": 1, "sources": {"instruct": {"commit": "b" * 40}}},
         card=CardText(
             title="Lighthouse E4B",
             summary="A storyteller made from Gemma 4 E4B that still does as it is told.",

@@ -16,7 +16,6 @@ Row = dict[str, str]
 _CORPUS = ("corpus", "dataset", "datasets", "data", "dataset_name")
 _SAMPLES = ("samples", "num_samples", "n_samples", "examples", "rows", "train_samples")
 _TOKENS = ("tokens", "num_tokens", "total_tokens", "num_input_tokens_seen", "train_tokens")
-_STEPS = ("steps", "global_step", "max_steps")
 _RECIPE = ("recipe", "config", "training_recipe")
 
 
@@ -98,9 +97,7 @@ def _read(lineage: Lineage, source: SourceRecord) -> Row:
         "Source corpus": _corpus(first(training, _CORPUS)),
         "Samples": text(count(first(training, _SAMPLES))),
         "Tokens": text(big_count(first(training, _TOKENS))),
-        "Steps": text(count(first(training, _STEPS))),
         "Recipe": _recipe(first(training, _RECIPE)),
-        "Licence": text(source.license),
     }
 
 
@@ -118,9 +115,7 @@ def _trained(lineage: Lineage, step: StepRecord) -> Row:
         "Source corpus": ", ".join(corpora),
         "Samples": text(count(first(step.metrics, _SAMPLES))),
         "Tokens": text(big_count(first(step.metrics, _TOKENS))),
-        "Steps": text(count(first(step.metrics, _STEPS))),
         "Recipe": f"{code(step.op)}, below",
-        "Licence": "",
     }
 
 

@@ -51,7 +51,7 @@ def family(license: str) -> Family:
         return "noncommercial"
     if any(name.startswith(prefix) or f"-{prefix}" in name for prefix in _TERMS):
         return "terms"
-    if name.startswith(("gpl", "agpl", "cc-by-sa", "osl", "eupl")):
+    if name.startswith(("gpl", "agpl", "lgpl", "cc-by-sa", "osl", "eupl")):
         return "copyleft"
     return "permissive" if name in HUB_LICENSES - {"other"} else "unsure"
 
@@ -73,6 +73,15 @@ def inherited_license(release: Release, target: str | None = None) -> str:
     binding = {name for name in found if family(name) != "permissive"}
     candidates = binding or found
     return candidates.pop() if len(candidates) == 1 else ""
+
+
+def bearing_licenses(release: Release, target: str) -> list[tuple[str, str]]:
+    """Each licence that a model or adapter in what is published states, with their names."""
+    found: dict[str, list[str]] = {}
+    for source in _bearing(release, target):
+        if name := stated(source):
+            found.setdefault(name, []).append(source.repo or source.name)
+    return [(name, _list(names)) for name, names in found.items()]
 
 
 def check_license(release: Release, target: str | None = None) -> list[str]:

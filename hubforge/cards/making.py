@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hubforge.cards.components import source_link
@@ -28,13 +28,27 @@ class StepView:
     formula: str  # as it is: for a fence
     fields: tuple[Row, ...]
     facts: tuple[str, ...]
+    gain: bool  # whether a fact is the effective gain, which needs a word of explanation
     source: str
 
 
 def step_views(lineage: Lineage) -> list[StepView]:
     """The masks, adapters and stages that led here, in the order they ran; the quants only on a GGUF page."""
-    last = len(_SECTIONS) if lineage.target.kind == "gguf" else _SECTIONS.index("quantize")
-    return [step_view(lineage, step) for step in lineage.steps if step.section in _SECTIONS[:last]]
+    steps = [step for step in lineage.steps if step.section in _SECTIONS]
+    views = [step_view(lineage, step) for step in steps if step.section != "quantize"]
+    if lineage.target.kind == "gguf":
+        heads = dict.fromkeys(step.entry.split("/", 1)[0] for step in steps if step.section == "quantize")
+        quants = {head: [step for step in steps if step.entry.split("/", 1)[0] == head] for head in heads}
+        views += [_quantize(lineage, quants[head]) for head in heads]
+    return views
+
+
+def _quantize(lineage: Lineage, steps: list[StepRecord]) -> StepView:
+    """The quants of one recipe entry as one step: they differ only in their type, and their facts are in the table."""
+    types = [item for step in steps for item in step.fields.get("types", ())]
+    fields = {name: value for name, value in steps[0].fields.items() if name not in ("types", "unquantized")}
+    together = steps[0].model_copy(update={"fields": fields | ({"types": types} if types else {}), "metrics": {}})
+    return replace(step_view(lineage, together), entry=code(steps[0].entry.split("/", 1)[0]))
 
 
 def step_view(lineage: Lineage, step: StepRecord) -> StepView:
@@ -46,6 +60,7 @@ def step_view(lineage: Lineage, step: StepRecord) -> StepView:
         formula=step.formula.strip(),
         fields=tuple(field_rows(lineage, step)),
         facts=tuple(step_facts(step)),
+        gain=bool(step.metrics.get("gain")),
         source=linkify(step.method_source),
     )
 
@@ -100,10 +115,9 @@ def _spread(show: Callable[[object], str]) -> Callable[[object], str]:
     def shown(value: object) -> str:
         if not isinstance(value, Mapping):
             return show(value)
-        mean, low, high = (show(value.get(key)) for key in ("mean", "min", "max"))
-        if mean and low and high:
-            return f"{mean} on average ({low} to {high})"
-        return mean or low or high
+        mean, median, low, high = (show(value.get(key)) for key in ("mean", "median", "min", "max"))
+        middle = f"{mean} on average" if mean else f"{median} at the median" if median else ""
+        return f"{middle} ({low} to {high})" if middle and low and high and low != high else middle
 
     return shown
 
@@ -123,5 +137,5 @@ _FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("energy_captured", "energy captured {}", _spread(share)),
     ("dtype", "{}", text),
     ("bytes", "{}", size),
-    ("effective_gain", "effective gain after rounding {}", _spread(lambda value: text(short(value)))),
+    ("gain", "effective gain {}", _spread(lambda value: text(short(value)))),
 )

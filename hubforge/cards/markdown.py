@@ -12,8 +12,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
-_BLOCK_START = re.compile(r"^(\s*)(#{1,6}(?=\s)|[-+>](?=\s)|=+$|-+$|\d{1,9}(?=[.)]\s))")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
+# Where a backslash keeps a line from opening a list, a heading or a rule.
+_BLOCK_START = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=#{1,6}(?:\s|$)|[-+](?:\s|$)|=+$|-+$))")
+# Controls and line breaks; marks that turn the direction of writing, and with it what a reader sees; half characters.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 _REPO = re.compile(r"^(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}$")
 HUB = "https://huggingface.co"
 
@@ -30,7 +32,7 @@ def text(value: object) -> str:
     # An underscore or a tilde inside a word opens nothing; `prompt_level` stays readable in the source.
     line = re.sub(r"(?<=\w)\\_(?=\w)", "_", line)
     line = re.sub(r"\\~(?!\\?~)(?<!~\\~)", "~", line)
-    return _BLOCK_START.sub(lambda match: match[1] + "\\" + match[2] if not match[2][0].isdigit() else match[0], line)
+    return _BLOCK_START.sub(r"\1\\", line)
 
 
 def code(value: object) -> str:
@@ -41,7 +43,7 @@ def code(value: object) -> str:
     if "|" not in line and "`" not in line:
         return f"`{line}`"
     # A pipe ends a table cell even inside backticks, so such a value becomes HTML, every mark an entity.
-    return "<code>" + re.sub(r"[^\w\s./:=,;@+-]|_", lambda match: f"&#{ord(match[0])};", line) + "</code>"
+    return "<code>" + re.sub(r"[!-'()*<>\[-`{-~]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
 
 
 def url(address: object) -> str:

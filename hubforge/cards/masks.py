@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hubforge.cards.components import source_link
 from hubforge.cards.lineage import Lineage
@@ -85,7 +86,7 @@ def _mask(lineage: Lineage, step: StepRecord, own: bool) -> MaskView:
     pictures = tuple((path, words) for path, _, words in _drawn(lineage, step) if own or path in there)
     rows = tuple(
         {
-            "File": code(_below(lineage.target, file.path)),
+            "File": code(file.path),
             "What is in it": describe(step, file),
             "Size": size(file.size),
         }
@@ -96,10 +97,7 @@ def _mask(lineage: Lineage, step: StepRecord, own: bool) -> MaskView:
 
 def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
     """The pictures of one mask: path in the repository, SVG, alternative text."""
-    layers = step.metrics.get("layers")
-    if not isinstance(layers, (list, tuple)):
-        return []
-    layers = [layer for layer in layers if isinstance(layer, dict)]
+    layers = layers_of(step)
     about = lineage.target.folder or lineage.target.repo.rsplit("/", 1)[-1]
     drawings = [
         ("importance", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
@@ -110,6 +108,15 @@ def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
         for name, drawn, words in drawings
         if drawn
     ]
+
+
+def layers_of(step: StepRecord) -> list[dict[str, Any]]:
+    """What a mask's step says of each layer: kept as a list, or as a mapping from the layer's number."""
+    layers = step.metrics.get("layers")
+    if isinstance(layers, dict):
+        found = [{"layer": name, **facts} for name, facts in layers.items() if isinstance(facts, dict)]
+        return sorted(found, key=lambda facts: (not str(facts["layer"]).isdigit(), _number(facts["layer"])))
+    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, (list, tuple)) else []
 
 
 def describe(step: StepRecord, file: File) -> str:
@@ -126,6 +133,10 @@ def describe(step: StepRecord, file: File) -> str:
             "for each matrix `W`: `W.U` (out × rank), `W.S` (rank), `W.V` (in × rank), under its name in the checkpoint"
         )
     return ""
+
+
+def _number(name: object) -> int:
+    return int(str(name)) if str(name).isdigit() else 0
 
 
 def _rank(step: StepRecord) -> object:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
+SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit: a narrow table cell must not part them
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -16,7 +17,7 @@ def size(count: object) -> str:
     value, unit = float(count), 0  # type: ignore[arg-type]
     while value >= 999.5 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
-    return f"{value:.0f} {_UNITS[unit]}" if unit == 0 else f"{value:.3g} {_UNITS[unit]}"
+    return f"{value:.0f}{SPACE}{_UNITS[unit]}" if unit == 0 else f"{value:.3g}{SPACE}{_UNITS[unit]}"
 
 
 def count(value: object) -> str:
@@ -35,7 +36,7 @@ def big_count(value: object) -> str:
     number = float(value)  # type: ignore[arg-type]
     for limit, unit, letter in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(number) >= limit * 0.9995:
-            return f"{_significant(number / unit, 3)} {letter}"
+            return f"{_significant(number / unit, 3)}{SPACE}{letter}"
     return count(int(number)) if number.is_integer() else f"{number:.3g}"
 
 
@@ -75,7 +76,17 @@ def share(value: object) -> str:
     if not _is_number(value):
         return ""
     percent = 100 * float(value)  # type: ignore[arg-type]
-    return f"{percent:.4g} %" if 99 < percent < 100 else f"{percent:.3g} %"
+    return f"{percent:.4g}{SPACE}%" if 99 < percent < 100 else f"{percent:.3g}{SPACE}%"
+
+
+def plain(value: object, digits: int = 3) -> str:
+    """A number with that many significant digits and no exponent: 2e-5 -> "0.00002"; "" when unknown."""
+    if not _is_number(value):
+        return ""
+    number = float(value)  # type: ignore[arg-type]
+    places = max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
+    shown = f"{number:.{min(places, 9)}f}"
+    return (shown.rstrip("0").rstrip(".") if "." in shown else shown).replace("-", MINUS)
 
 
 def duration(seconds: object) -> str:
@@ -97,7 +108,8 @@ def duration(seconds: object) -> str:
 
 def _significant(value: float, digits: int) -> str:
     if value and (abs(value) < 1e-4 or abs(value) >= 1e7):
-        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(power)}"
     return f"{value:.{digits}g}"
 
 

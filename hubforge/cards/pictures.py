@@ -57,7 +57,7 @@ def energy_picture(layers: Sequence[Mapping[str, Any]], title: str) -> str:
     ranges: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(layers):
         name, energy = str(layer.get("layer", index)), layer.get("energy_captured", layer.get("energy"))
-        spread = energy if isinstance(energy, Mapping) else {"mean": energy, **layer}
+        spread = energy if isinstance(energy, Mapping) else {"mean": energy}
         mean, low, high = (_float(spread.get(key)) for key in ("mean", "min", "max"))
         if mean is None:
             continue
@@ -180,7 +180,7 @@ def _bars(
         )
         if name in ranges:
             low, high = ranges[name]
-            picture.line(x, at(low), x, at(high), "axis whisker")
+            picture.line(x, at(low), x, at(high), "plain whisker")
         if index % every == 0:
             picture.text(x, bottom + 17, name, "dim small", "middle")
     picture.text((left + right) / 2, bottom + 36, "layer", "dim small", "middle")

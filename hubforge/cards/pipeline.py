@@ -67,6 +67,7 @@ def _boxes(lineage: Lineage) -> dict[str, _Box]:
         head = step.entry.split("/", 1)[0]
         group = f"{step.section}.{head}"
         if "/" in step.entry and group in boxes:
+            boxes[group].style = style if style == "end" else boxes[group].style
             boxes[group].below += f", {step.entry.split('/', 1)[1]}"
             merged[step.name] = group
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from hubforge.cards.lineage import Lineage
@@ -111,6 +112,25 @@ def recipe_commits(lineage: Lineage) -> list[str]:
             line = f"commit {link(digits, f'{remote}/commit/{commit}')} of {place}"
         lines.append(line + (", with changes that were not committed" if state.get("dirty") else ""))
     return lines
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """What it takes to make the release again from its release file alone."""
+
+    recipe: str
+    lock: str
+    local: tuple[str, ...]  # sources that only the author has; Markdown
+
+
+def rebuild(lineage: Lineage) -> Rebuild | None:
+    """The names of the two files to write; None when the release holds no recipe or no lock."""
+    release = lineage.release
+    if not release.recipe or release.lock is None:
+        return None
+    local = tuple(code(source.name) for source in lineage.sources if not source.repo)
+    name = release.recipe_file.replace("\\", "/").rsplit("/", 1)[-1]
+    return Rebuild(name, name.rsplit(".", 1)[0] + ".lock.json", local)
 
 
 def web_address(remote: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hubforge.cards.lineage import Lineage
 from hubforge.cards.markdown import code, link, text
-from hubforge.cards.numbers import share, short, size
+from hubforge.cards.numbers import count, plain, share, size
 from hubforge.cards.results import metrics_of, show_difference, show_value
 from hubforge.release import File, StepRecord
 
@@ -25,9 +25,9 @@ def quant_rows(lineage: Lineage) -> list[Row]:
                 "File": link(file.path, file.path) if file else code(step.entry),
                 "Type": code(quant_type(step)),
                 "Size": size(file.size if file else facts.get("bytes")),
-                "Bits per weight": text(short(facts.get("bits_per_weight"), 3)),
-                "KL, mean": text(short(_fact(facts, "kl_mean", "mean"), 3)),
-                "KL, 99th percentile": text(short(_fact(facts, "kl_p99", "p99"), 3)),
+                "Bits per weight": plain(facts.get("bits_per_weight")),
+                "KL, mean": plain(_fact(facts, "kl_mean", "mean"), 2),
+                "KL, 99th percentile": plain(_fact(facts, "kl_p99", "p99"), 2),
                 "Top-1 agreement": share(_fact(facts, "top1", "top1")),
             }
         )
@@ -59,6 +59,38 @@ def quant_evals(lineage: Lineage) -> list[tuple[str, list[Row], str]]:
             baselines = list(dict.fromkeys(metric.baseline for metric in own if metric.baseline))
             found.append((name, measured_rows(lineage, name), ", ".join(code(one) for one in baselines)))
     return found
+
+
+def quant_notes(lineage: Lineage) -> list[str]:
+    """What the files were made and checked with, as far as the steps say: sentences of Markdown."""
+    steps = quant_steps(lineage)
+    notes: list[str] = []
+    tools = [step.metrics.get(key) for key in ("converter", "quantizer", "runtime") for step in steps]
+    named = list(dict.fromkeys(text(tool) for tool in tools if isinstance(tool, str) and tool))
+    if named:
+        notes.append(f"Made and checked with {', '.join(named)}.")
+    strings = [step.metrics.get("strings") for step in steps if step.metrics.get("strings")]
+    positions = [step.metrics.get("positions") for step in steps if step.metrics.get("positions")]
+    if strings and positions and len(set(strings)) == len(set(positions)) == 1:
+        notes.append(
+            f"Each file gives the model's own token ids on {count(strings[0])} test strings; "
+            f"its logits were compared with the model's at {count(positions[0])} positions."
+        )
+    for step in steps:
+        fallbacks = step.metrics.get("fallbacks")
+        if isinstance(fallbacks, (list, tuple)) and fallbacks:
+            notes.append(
+                f"{code(quant_type(step))} stores {count(len(fallbacks))} tensors in another type: "
+                "their rows are no multiple of 256."
+            )
+    return notes
+
+
+def prompt_format(lineage: Lineage) -> str:
+    """The prompt format, where a step or the model's source states it: plain text, for a fence."""
+    facts = [step.metrics for step in quant_steps(lineage)]
+    facts += [source.facts for source in lineage.weights if source.kind == "model"]
+    return next((str(found["prompt_format"]) for found in facts if found.get("prompt_format")), "")
 
 
 def quant_steps(lineage: Lineage) -> tuple[StepRecord, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jinja2 import ChoiceLoader, FileSystemLoader, StrictUndefined, TemplateErro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hubforge.cards import components, frontmatter, making, markdown, masks, numbers, provenance, quants, results, usage
-from hubforge.cards.licenses import check_license, inherited_license
+from hubforge.cards.licenses import bearing_licenses, check_license, inherited_license
 from hubforge.cards.lineage import Lineage, find_target
 from hubforge.cards.pictures import results_picture
 from hubforge.cards.pipeline import pipeline_picture
@@ -35,7 +36,7 @@ def render(
     lineage = Lineage(release, find_target(release, target))
     pictures = draw(lineage)
     page = _page(lineage, pictures, siblings, _environment(templates))
-    return {README: page.encode(), **{path: drawn.encode() for path, drawn in sorted(pictures.items())}}
+    return {README: page.encode(errors="replace"), **{path: drawn.encode() for path, drawn in sorted(pictures.items())}}
 
 
 def templates_folder() -> Path:
@@ -88,9 +89,17 @@ def _environment(templates: Path | None) -> ImmutableSandboxedEnvironment:
         short=numbers.short,
         share=numbers.share,
         duration=numbers.duration,
-        py=lambda value: json.dumps(str(value), ensure_ascii=False),
+        py=_python_string,
+        sh=lambda value: shlex.quote(str(value)),
+        plain=numbers.plain,
     )
     return environment
+
+
+def _python_string(value: object) -> str:
+    """The value as a Python string literal, in double quotes unless that would need more escapes."""
+    words = str(value)
+    return repr(words) if '"' in words and "'" not in words else json.dumps(words, ensure_ascii=False)
 
 
 def _page(
@@ -197,14 +206,18 @@ def _context(lineage: Lineage, pictures: dict[str, str], siblings: Sequence[Rele
         "adapters": components.adapter_rows(lineage),
         "steps": making.step_views(lineage),
         "quants": quants.quant_rows(lineage) if target.kind == "gguf" else [],
+        "quant_notes": quants.quant_notes(lineage) if target.kind == "gguf" else [],
+        "prompt_format": quants.prompt_format(lineage) if target.kind == "gguf" else "",
         "quant_evals": quants.quant_evals(lineage) if target.kind == "gguf" else [],
         "folders": masks.folder_views(lineage, siblings) if target.kind == "mask" else [],
         "inputs": provenance.input_rows(lineage),
         "step_rows": provenance.step_rows(lineage),
         "versions": provenance.versions(lineage),
         "machine": provenance.one_machine(lineage),
+        "rebuild": provenance.rebuild(lineage),
         "recipe_commits": provenance.recipe_commits(lineage),
         "license": inherited_license(release, target.name),
+        "license_inputs": bearing_licenses(release, target.name),
         "license_problems": check_license(release, target.name),
         "references": usage.references(lineage),
         "release_file": f"{target.folder}/{FILE_NAME}" if target.folder else FILE_NAME,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ class EvalView:
     name: str
     op: str
     summary: str
-    settings: tuple[tuple[str, str], ...]  # field -> value, both Markdown
+    settings: tuple[str, ...]  # "`num_fewshot=0`"
     on: str  # the entry that is measured: what this page publishes
     baseline: str
     rows: tuple[Row, ...]  # the published entry's metrics
+    conditions: tuple[Row, ...]  # what the eval recorded of how it was run
     others: tuple[Row, ...]  # the same eval on whatever else was measured; one row per entry
     meanings: tuple[tuple[str, str], ...]  # metric -> sentence, both Markdown
     methods: tuple[str, ...]  # how the intervals of the differences were computed
@@ -63,7 +65,9 @@ def places(metric: MetricRecord) -> int:
         spread = (metric.high - metric.low) / 2
     elif metric.difference_low is not None and metric.difference_high is not None:
         spread = (metric.difference_high - metric.difference_low) / 2
-    return max(decimals([metric.value, metric.baseline_value], spread), 3 if _is_share(metric) else 0)
+    if _is_share(metric):
+        return max(3, decimals([], spread)) if spread else 3
+    return decimals([metric.value, metric.baseline_value], spread)
 
 
 def show_value(metric: MetricRecord) -> str:
@@ -139,6 +143,7 @@ def _view(lineage: Lineage, name: str, on: str) -> EvalView:
         on=on,
         baseline=baseline,
         rows=rows,
+        conditions=tuple(conditions_of(step)) if step else (),
         others=_others(lineage, name, on, metrics),
         meanings=meanings_of(metrics),
         methods=tuple(_unique(metric.method for metric in metrics if metric.method)),
@@ -153,8 +158,7 @@ def _row(metric: MetricRecord, baseline: str, samples: bool) -> Row:
     if against and not baseline and metric.baseline:
         against += f" ({code(metric.baseline)})"
     return {
-        "Metric": code(metric.metric),
-        "Unit": text(metric.unit),
+        "Metric": code(metric.metric) + (f", {text(metric.unit)}" if metric.unit else ""),
         "This model": f"**{show_value(metric)}**" if show_value(metric) else "",
         "95 % interval": show_interval(metric.low, metric.high, digits),
         f"Baseline {code(baseline)}" if baseline else "Baseline": against,
@@ -209,17 +213,38 @@ def meanings_of(metrics: Sequence[MetricRecord]) -> tuple[tuple[str, str], ...]:
     return tuple(found.items())
 
 
-def settings_of(step: StepRecord) -> tuple[tuple[str, str], ...]:
-    """The settings an eval ran with: every field that is set and is no reference."""
+def settings_of(step: StepRecord) -> tuple[str, ...]:
+    """The settings an eval ran with, as "`num_fewshot=0`": every field that is set and is no reference."""
     hidden = {"on", "baseline", *step.inputs}
-    pairs = []
+    settings = []
     for name, value in step.fields.items():
         if name in hidden or value is None or value == "" or value == [] or value == {}:
             continue
         if isinstance(value, str) and value in step.inputs:
             continue
-        pairs.append((code(name), show_field(value)))
-    return tuple(pairs)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        shown = ",".join(item if isinstance(item, str) else json.dumps(item, default=str) for item in items)
+        settings.append(code(f"{name}={shown}"))
+    return tuple(settings)
+
+
+def conditions_of(step: StepRecord) -> list[Row]:
+    """What an eval recorded of its conditions, nested facts by dotted names; digests cut to twelve digits."""
+    recorded = step.metrics.get("conditions")
+    rows: list[Row] = []
+
+    def collect(facts: Mapping[str, Any], before: str) -> None:
+        for name, value in facts.items():
+            if isinstance(value, Mapping):
+                collect(value, f"{before}{name}.")
+            elif value is not None and value != "" and value != []:
+                digest = name.endswith("sha256") and isinstance(value, str)
+                rows.append({"Condition": code(before + name), "Value": show_field(value[:12] if digest else value)})
+
+    if isinstance(recorded, Mapping):
+        # The digest of each file of weights is in the table of files.
+        collect({name: value for name, value in recorded.items() if name != "weights"}, "")
+    return rows
 
 
 def show_field(value: Any) -> str:
@@ -241,9 +266,14 @@ def eval_step(lineage: Lineage, name: str, on: str) -> StepRecord | None:
 
 
 def gate_rows(lineage: Lineage) -> tuple[Row, ...]:
-    """Every gate of the recipe with how far it was from failing."""
+    """The gates on what is published (or on the model the quants are of), with how far each was from failing."""
     rows: list[Row] = []
+    about = {"", *lineage.entries}
+    if lineage.target.kind == "gguf":
+        about |= {lineage.entry(name) for step in lineage.made for name in step.inputs.values()}
     for gate in lineage.release.gates:
+        if gate.on not in about:
+            continue
         digits = max(3, decimals([gate.value, gate.threshold]))
         rows.append(
             {

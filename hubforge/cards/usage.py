@@ -72,7 +72,12 @@ def is_primary(lineage: Lineage) -> bool:
 def glance(lineage: Lineage) -> list[str]:
     """The facts one looks for first, each a few words of Markdown."""
     target = lineage.target
-    facts: list[str] = []
+    authors = lineage.release.card.authors
+    facts = (
+        [f"by {', '.join(authors[:-1])} and {authors[-1]}" if len(authors) > 1 else f"by {authors[0]}"]
+        if authors
+        else []
+    )
     made = lineage.made[0] if lineage.made else None
     found: Mapping[str, object] = made.metrics if made else {}
     if target.kind == "model":
@@ -92,7 +97,8 @@ def glance(lineage: Lineage) -> list[str]:
     facts += [_other(lineage, kind) for kind in _ORDER if kind != target.kind]
     if target.tag:
         facts.append(f"tag {code(target.tag)}")
-    return [fact for fact in facts if fact]
+    facts = [fact for fact in facts if fact]
+    return [facts[0][0].upper() + facts[0][1:], *facts[1:]] if facts else []
 
 
 def file_rows(lineage: Lineage, pictures: Mapping[str, str]) -> list[Row]:
@@ -149,7 +155,7 @@ def _step_files(lineage: Lineage) -> list[File]:
 
 def _other(lineage: Lineage, kind: str) -> str:
     """A link to the release's repository of that kind, when it has one."""
-    words = {"model": "the model", "adapter": "the adapter", "mask": "the masks", "gguf": "GGUF quants"}[kind]
+    words = {"model": "model", "adapter": "adapter", "mask": "masks", "gguf": "GGUF"}[kind]
     repos = dict.fromkeys(target.repo for target in lineage.release.targets if target.kind == kind)
     links = [repo_link(repo) for repo in repos if repo != lineage.target.repo]
     return f"{words}: {', '.join(links)}" if links else ""

@@ -1,0 +1,155 @@
+"""Pictures: well-formed, self-contained, true to scale, and no two words on top of each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import pytest
+
+from hubforge.cards.lineage import Lineage
+from hubforge.cards.pictures import energy_picture, importance_picture, results_picture
+from hubforge.cards.pipeline import pipeline_picture
+from hubforge.cards.render import draw
+from hubforge.cards.svg import fit, text_width, tick_labels, ticks
+from hubforge.release import MetricRecord, Release
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def pictures(release: Release) -> Iterator[tuple[str, str]]:
+    for target in release.targets:
+        yield from draw(Lineage(release, target)).items()
+
+
+@dataclass
+class Words:
+    text: str
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+
+def words(picture: str) -> list[Words]:
+    """Each text with the box it takes."""
+    found = []
+    for element in ElementTree.fromstring(picture).iter(f"{SVG}text"):
+        style = element.get("class", "")
+        size = 11 if "small" in style else 14 if "title" in style else 13
+        width = text_width(element.text or "", size, bold="strong" in style or "title" in style)
+        x, y = float(element.get("x", 0)), float(element.get("y", 0))
+        left = {"start": x, "middle": x - width / 2, "end": x - width}[element.get("text-anchor", "start")]
+        found.append(Words(element.text or "", left, left + width, y - 0.8 * size, y + 0.25 * size))
+    return found
+
+
+def test_pictures_stand_alone(rich_release: Release) -> None:
+    drawn = dict(pictures(rich_release))
+    assert set(drawn) >= {"assets/results.svg", "assets/pipeline.svg", "g4-e4b-it/assets/core-energy.svg"}
+    for picture in drawn.values():
+        root = ElementTree.fromstring(picture)
+        assert root.tag == f"{SVG}svg"
+        assert (root.find(f"{SVG}title").text or "").strip()  # type: ignore[union-attr]
+        assert (root.find(f"{SVG}desc").text or "").strip()  # type: ignore[union-attr]
+        assert not re.search(r"<script|href|url\(|@import|@font-face| on\w+=", picture)
+        assert "prefers-color-scheme: dark" in picture
+        classes = {name for element in root.iter() for name in element.get("class", "").split()}
+        assert all(f".{name} " in picture for name in classes), classes
+
+
+def test_no_words_overlap_or_leave_the_page(rich_release: Release) -> None:
+    for path, picture in pictures(rich_release):
+        width, height = (float(value) for value in ElementTree.fromstring(picture).get("viewBox", "").split()[2:])
+        boxes = words(picture)
+        for index, one in enumerate(boxes):
+            assert one.left >= 0 and one.right <= width and one.top >= 0 and one.bottom <= height, (path, one)
+            for other in boxes[:index]:
+                apart = one.left >= other.right or other.left >= one.right
+                assert apart or one.top >= other.bottom or other.top >= one.bottom, (path, one, other)
+
+
+def test_long_names_are_cut_and_do_not_overlap(rich_release: Release) -> None:
+    long = "a_metric_with_a_name_that_goes_on_and_on_until_it_is_longer_than_any_page_could_hold,none"
+    metrics = tuple(
+        metric.model_copy(update={"metric": f"{metric.metric}{long}", "eval": long, "baseline": long})
+        for metric in rich_release.metrics
+    )
+    picture = results_picture(
+        Lineage(rich_release.model_copy(update={"metrics": metrics}), rich_release.targets[0]), "healed"
+    )
+    for index, one in enumerate(words(picture)):
+        assert one.left >= 0 and one.right <= 860
+        for other in words(picture)[:index]:
+            apart = one.left >= other.right or other.left >= one.right
+            assert apart or one.top >= other.bottom or other.top >= one.bottom, (one, other)
+
+
+def test_dots_stand_where_the_axis_says(rich_release: Release) -> None:
+    """The first panel's axis runs from its first to its last tick; value and baseline lie in proportion."""
+    picture = results_picture(Lineage(rich_release, rich_release.targets[0]), "healed")
+    root = ElementTree.fromstring(picture)
+    labels = [
+        (float(t.text), float(t.get("x"))) for t in root.iter(f"{SVG}text") if re.fullmatch(r"0\.\d+", t.text or "")
+    ]  # type: ignore[arg-type]
+    (low, left), (high, right) = labels[0], labels[-1]
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]  # type: ignore[arg-type]
+    middle = next(float(t.get("y")) for t in root.iter(f"{SVG}text") if t.text == "prompt_level_strict_acc") - 4.5  # type: ignore[arg-type]
+    row = sorted(x for x, y in circles if abs(y - middle) < 0.01)
+    expected = [left + (value - low) / (high - low) * (right - left) for value in (0.8133, 0.8244)]
+    assert row == pytest.approx(expected, abs=0.02)
+
+
+def test_bars_are_in_proportion() -> None:
+    picture = importance_picture([{"layer": 0, "sum": 1.0}, {"layer": 1, "sum": 3.0}], "Importance")
+    heights = [
+        float(bar.get("height", 0))
+        for bar in ElementTree.fromstring(picture).iter(f"{SVG}rect")
+        if bar.get("class") == "bar"
+    ]
+    assert heights[1] == pytest.approx(3 * heights[0], abs=0.02)
+    assert "layer 1 has most, 75" in picture
+
+
+def test_energy_is_drawn_from_zero_to_all_of_it() -> None:
+    layers = [{"layer": 0, "energy_captured": {"mean": 0.5, "min": 0.25, "max": 1.0}}]
+    root = ElementTree.fromstring(energy_picture(layers, "Energy"))
+    (bar,) = (rect for rect in root.iter(f"{SVG}rect") if rect.get("class") == "bar2")
+    (line,) = (one for one in root.iter(f"{SVG}line") if one.get("class") == "plain whisker")
+    assert float(bar.get("height", 0)) == pytest.approx(100)
+    assert abs(float(line.get("y1", 0)) - float(line.get("y2", 0))) == pytest.approx(150)
+
+
+def test_nothing_to_draw_draws_nothing(sparse_release: Release) -> None:
+    assert importance_picture([], "x") == ""
+    assert importance_picture([{"layer": 0, "sum": 0.0}], "x") == ""
+    assert energy_picture([{"layer": 0, "sum": 1.0, "mean": 0.2}], "x") == ""
+    assert dict(pictures(sparse_release)).keys() == {"assets/pipeline.svg"}
+    lineage = Lineage(sparse_release, sparse_release.targets[0])
+    assert results_picture(lineage, "out") == ""
+    assert pipeline_picture(lineage) == ""
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5, 1e-9, 1e12])
+def test_a_single_point_still_has_an_axis(value: float, rich_release: Release) -> None:
+    metric = MetricRecord(eval="e", on="healed", metric="x", value=value, baseline="b", baseline_value=value)
+    release = rich_release.model_copy(update={"metrics": (metric,)})
+    assert "<circle" in results_picture(Lineage(release, release.targets[0]), "healed")
+
+
+def test_ticks_are_round_and_cover() -> None:
+    assert ticks(0.779, 0.901) == [0.75, 0.8, 0.85, 0.9, 0.95]
+    assert ticks(0, 15.7) == [0, 5, 10, 15, 20]
+    assert tick_labels([0.0, 0.25, 0.5]) == ["0.00", "0.25", "0.50"]
+    assert tick_labels([-5, 0, 5], " %") == ["−5 %", "0 %", "5 %"]
+
+
+def test_fit_keeps_both_ends() -> None:
+    assert fit("short", 200) == "short"
+    cut = fit("model-00001-of-00002.safetensors", 120)
+    assert cut.startswith("model-")
+    assert cut.endswith("tensors"[-3:])
+    assert "…" in cut
+    assert text_width(cut) <= 120
