@@ -127,7 +127,7 @@ class hub_errors:
             what, mend = "does not exist, or is private to others", "A private one needs a token: `hf auth login`."
         elif isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
             what, mend = "is not here, and the Hub is not reachable", "Run once without --offline."
-        elif isinstance(error, (hub.HfHubHTTPError, OSError, ConnectionError)):
+        elif isinstance(error, (hub.HfHubHTTPError, OSError)) or type(error).__module__.startswith("httpx"):
             what = f"could not be read from the Hub ({type(error).__name__})"
         else:
             return
@@ -145,7 +145,7 @@ def fetch(
         return source.path, source.files
     from huggingface_hub import snapshot_download
 
-    step = f"sources.{source.name}"
+    step, total = f"sources.{source.name}", sum(file.size for file in source.locked)
     with hub_errors(f"source {source.name!r}", source.spec.value, ""):
         folder = Path(
             snapshot_download(
@@ -156,9 +156,10 @@ def fetch(
                 endpoint=endpoint,
                 token=token or False,
                 local_files_only=offline,
+                tqdm_class=_progress_bars(step, total, report),
             )
         )
-    digests, done, total = [], 0, sum(file.size for file in source.locked)
+    digests, done = [], 0
     for file in source.locked:
         path = folder / file.path
         if not path.is_file():
@@ -175,6 +176,25 @@ def fetch(
         report(Progress(step, "checking", done, total, "B"))
     inside = source.spec.file or source.spec.folder
     return (folder / inside if inside else folder), tuple(digests)
+
+
+def _progress_bars(step: str, total: int, report: Callable[[Event], None]) -> Any:
+    """A tqdm class that draws nothing and reports bytes: the client's bars would fight with our own line."""
+    import io
+
+    from tqdm.auto import tqdm
+
+    class Reported(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"file": io.StringIO(), "disable": False}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn: bool | None = super().update(n)
+            if self.unit == "B" and self.n:
+                report(Progress(step, "downloading", min(self.n, total), total, "B"))
+            return drawn
+
+    return Reported
 
 
 def _inside(path: str, spec: SourceSpec) -> str:
