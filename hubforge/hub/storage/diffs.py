@@ -47,6 +47,10 @@ def _lines(repo: Repository, entry: Entry | None) -> list[str] | None:
     if not is_text(data, whole=True):
         return None
     lines = data.decode().split("\n")
+    if lines[-1]:
+        lines[-1] += "\n\\ No newline at end of file"  # As git says it.
+    else:
+        lines.pop()
     return lines if len(lines) <= _LINES else None
 
 
