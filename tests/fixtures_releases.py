@@ -567,7 +567,7 @@ def sibling_release() -> Release:
                 entries=("masks.importance",),
                 files=(
                     *_pushed("masks.importance", (big,), "g4-31b-it"),
-                    file("g4-31b-it/assets/importance-importance.svg", 9000),
+                    file("g4-31b-it/assets/importance-layers.svg", 9000),
                 ),
             ),
         ),

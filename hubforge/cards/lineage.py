@@ -33,6 +33,15 @@ class Lineage:
     target: TargetRecord
 
     @cached_property
+    def folder(self) -> str:
+        """The folder of the repository that the target fills, without slashes around it; "" for all of it."""
+        return (self.target.folder or "").strip("/")
+
+    def place(self, path: str) -> str:
+        """Where a file of the target lies in the repository."""
+        return f"{self.folder}/{path}" if self.folder else path
+
+    @cached_property
     def made(self) -> tuple[StepRecord, ...]:
         """The steps whose files are in the repository."""
         return tuple(step for step in self.release.steps if step.name in self.target.entries)

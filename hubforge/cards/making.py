@@ -71,13 +71,9 @@ def field_rows(lineage: Lineage, step: StepRecord) -> list[Row]:
     for name, value in step.fields.items():
         if value is None or value == "" or value == [] or value == {} or value == ():
             continue
-        rows.append(
-            {
-                "Field": code(name),
-                "Value": _value(lineage, step, value),
-                "Meaning": sentence(step.meanings.get(name, "")),
-            }
-        )
+        if shown := _value(lineage, step, value):
+            meaning = sentence(step.meanings.get(name, ""))
+            rows.append({"Field": code(name), "Value": shown, "Meaning": meaning})
     return rows
 
 
@@ -98,6 +94,11 @@ def sentence(value: object) -> str:
         return ""
     line = line[0].upper() + line[1:] if not line[:2].isupper() and line[0] != "`" else line
     return line if line.endswith((".", "!", "?", ":")) else line + "."
+
+
+def _some(value: object) -> str:
+    """A count worth a word: "" for none."""
+    return count(value) if value else ""
 
 
 def _value(lineage: Lineage, step: StepRecord, value: Any) -> str:
@@ -129,9 +130,11 @@ _FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("changed", "{} of them changed", count),
     ("matrices", "{} matrices", lambda value: count(len(value)) if isinstance(value, (list, dict)) else count(value)),
     ("samples", "{} samples", count),
-    ("truncated", "{} of them truncated", count),
+    ("truncated", "{} of them truncated", _some),
+    ("skipped", "{} skipped", _some),
     ("tokens", "{} tokens", big_count),
     ("steps", "{} steps", count),
+    ("loss", "loss {}", lambda value: text(short(value))),
     ("final_loss", "final loss {}", lambda value: text(short(value))),
     ("reliability", "split-half reliability {}", _spread(lambda value: text(short(value, 3)))),
     ("energy_captured", "energy captured {}", _spread(share)),

@@ -17,6 +17,10 @@ _BLOCK_START = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=#{1,6}(?:\s|$)|[-+](?:\
 # Controls and line breaks; marks that turn the direction of writing, and with it what a reader sees; half characters.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 _REPO = re.compile(r"^(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}$")
+_ADDRESS = re.compile(
+    r"arXiv:\s?(\d{4}\.\d{4,5}(?:v\d+)?)|doi:(10\.\d{4,9}/[^\s<>\"'`|]*[^\s<>\"'`|.,;:)\]])"
+    r"|https?://[^\s<>\"'`|]+[^\s<>\"'`|.,;:)\]]"
+)
 HUB = "https://huggingface.co"
 
 
@@ -86,13 +90,15 @@ def fence(content: object, language: str = "") -> str:
 
 
 def linkify(value: object) -> str:
-    """The value as text, with each `arXiv:2306.01708` and each https address in it a link."""
+    """The value as text, with each `arXiv:2306.01708`, `doi:10.1145/...` and https address in it a link."""
     parts: list[str] = []
     line = one_line(value)
     end = 0
-    for match in re.finditer(r"arXiv:\s?(\d{4}\.\d{4,5})(v\d+)?|https?://[^\s<>\"'`|]+[^\s<>\"'`|.,;:)\]]", line):
+    for match in _ADDRESS.finditer(line):
         parts.append(text(line[end : match.start()]))
-        address = f"https://arxiv.org/abs/{match[1]}" if match[1] else match[0]
+        address = match[0]
+        if match[1] or match[2]:
+            address = f"https://arxiv.org/abs/{match[1]}" if match[1] else f"https://doi.org/{match[2]}"
         # A space that text() strips at the seam would glue the link to the word before it.
         if parts[-1] and line[end : match.start()][-1:].isspace():
             parts[-1] += " "

@@ -35,17 +35,17 @@ class FolderView:
     own: bool
     row: Row
     masks: tuple[MaskView, ...]
-    release_file: str
 
 
 def folder_views(lineage: Lineage, siblings: Sequence[Release]) -> list[FolderView]:
     """Our folder and the siblings', sorted by name; a sibling of the same folder is what we replace."""
-    own = lineage.target.folder or ""
-    found = {own: (lineage, True)}
+    found = {lineage.folder: (lineage, True)}
     for sibling in siblings:
         target = _own_target(sibling, lineage.target)
-        if target is not None and (target.folder or "") not in found:
-            found[target.folder or ""] = (Lineage(sibling, target), False)
+        if target is None:
+            continue
+        other = Lineage(sibling, target)
+        found.setdefault(other.folder, (other, False))
     return [_folder(*found[name]) for name in sorted(found)]
 
 
@@ -55,7 +55,7 @@ def mask_pictures(lineage: Lineage) -> dict[str, str]:
 
 
 def _folder(lineage: Lineage, own: bool) -> FolderView:
-    folder = lineage.target.folder or ""
+    folder = lineage.folder
     steps = [step for step in lineage.made if step.makes == "mask"]
     models = [source_link(source) for source in lineage.sources if source.kind == "model"]
     data = [source_link(source) for source in lineage.sources if source.kind == "dataset"]
@@ -77,7 +77,6 @@ def _folder(lineage: Lineage, own: bool) -> FolderView:
         own=own,
         row=row,
         masks=tuple(_mask(lineage, step, own) for step in steps),
-        release_file=f"{folder}/hubforge.release.json" if folder else "hubforge.release.json",
     )
 
 
@@ -98,13 +97,13 @@ def _mask(lineage: Lineage, step: StepRecord, own: bool) -> MaskView:
 def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
     """The pictures of one mask: path in the repository, SVG, alternative text."""
     layers = layers_of(step)
-    about = lineage.target.folder or lineage.target.repo.rsplit("/", 1)[-1]
+    about = lineage.folder or lineage.target.repo.rsplit("/", 1)[-1]
     drawings = [
-        ("importance", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
+        ("layers", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
         ("energy", energy_picture(layers, f"Energy captured, {about}"), f"Energy captured in each layer, {about}"),
     ]
     return [
-        (url(_below(lineage.target, f"assets/{step.entry.replace('/', '-')}-{name}.svg")), drawn, words)
+        (url(lineage.place(f"assets/{step.entry.replace('/', '-')}-{name}.svg")), drawn, words)
         for name, drawn, words in drawings
         if drawn
     ]
@@ -127,7 +126,7 @@ def describe(step: StepRecord, file: File) -> str:
     if name.endswith(".safetensors.index.json"):
         return "which tensor is in which file"
     if name.endswith(".safetensors") and step.op == "fisher":
-        return "for each weight tensor, under its name in the checkpoint, one importance per element"
+        return "for each weight tensor, under its name in the checkpoint, the importance of each weight"
     if name.endswith(".safetensors") and step.op == "subspace":
         return (
             "for each matrix `W`: `W.U` (out × rank), `W.S` (rank), `W.V` (in × rank), under its name in the checkpoint"
@@ -141,10 +140,6 @@ def _number(name: object) -> int:
 
 def _rank(step: StepRecord) -> object:
     return step.metrics.get("rank") or step.fields.get("rank")
-
-
-def _below(target: TargetRecord, path: str) -> str:
-    return f"{target.folder}/{path}" if target.folder and not path.startswith(f"{target.folder}/") else path
 
 
 def _own_target(sibling: Release, ours: TargetRecord) -> TargetRecord | None:

@@ -220,6 +220,6 @@ def _context(lineage: Lineage, pictures: dict[str, str], siblings: Sequence[Rele
         "license_inputs": bearing_licenses(release, target.name),
         "license_problems": check_license(release, target.name),
         "references": usage.references(lineage),
-        "release_file": f"{target.folder}/{FILE_NAME}" if target.folder else FILE_NAME,
-        "sums_file": f"{target.folder}/{SUMS_NAME}" if target.folder else SUMS_NAME,
+        "release_file": lineage.place(FILE_NAME),
+        "sums_file": lineage.place(SUMS_NAME),
     }

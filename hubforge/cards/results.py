@@ -254,7 +254,8 @@ def show_field(value: Any) -> str:
     if isinstance(value, (int, float)):
         return text(short(value, 6)) if isinstance(value, float) else count(value)
     if isinstance(value, dict):
-        return ", ".join(f"{code(key)}: {show_field(item)}" for key, item in value.items() if item is not None)
+        pairs = {key: show_field(item) for key, item in value.items() if item is not None}
+        return ", ".join(f"{code(key)}: {shown}" for key, shown in pairs.items() if shown)
     if isinstance(value, (list, tuple)):
         return ", ".join(show_field(item) for item in value if item is not None)
     return code(value)

@@ -29,7 +29,6 @@ class Usage:
     gguf_file: str
     gguf_type: str
     mask_file: str
-    mask_tensor: str
 
 
 def usage(lineage: Lineage) -> Usage:
@@ -38,7 +37,6 @@ def usage(lineage: Lineage) -> Usage:
     file = gguf_file(quant) if quant else None
     base = base_models(lineage)[0] if target.kind == "adapter" else []
     mask = next((one for step in lineage.made for one in step.files if one.path.endswith(".safetensors")), None)
-    folder = f"{target.folder}/" if target.folder else ""
     return Usage(
         repo=target.repo,
         revision=target.tag or "",
@@ -47,8 +45,7 @@ def usage(lineage: Lineage) -> Usage:
         base=base[0] if base else "",
         gguf_file=in_repository(lineage, file) if file else "",
         gguf_type=quant_type(quant) if quant else "",
-        mask_file=folder + mask.path if mask else "",
-        mask_tensor="",
+        mask_file=lineage.place(mask.path) if mask else "",
     )
 
 
@@ -142,15 +139,11 @@ def in_repository(lineage: Lineage, file: File) -> str:
     for there in lineage.target.files:
         if there.sha256 == file.sha256 and there.path.endswith(file.path.rsplit("/", 1)[-1]):
             return there.path
-    return f"{lineage.target.folder}/{file.path}" if lineage.target.folder else file.path
+    return lineage.place(file.path)
 
 
 def _step_files(lineage: Lineage) -> list[File]:
-    return [
-        file.model_copy(update={"path": f"{lineage.target.folder}/{file.path}"}) if lineage.target.folder else file
-        for step in lineage.made
-        for file in step.files
-    ]
+    return [file.model_copy(update={"path": lineage.place(file.path)}) for step in lineage.made for file in step.files]
 
 
 def _other(lineage: Lineage, kind: str) -> str:
