@@ -295,6 +295,10 @@ class TensorOp(Op):
         """The name of a tensor of the base in the output; None leaves it out."""
         return name
 
+    def keeps(self, file: str) -> bool:
+        """Whether a config, tokenizer or processor file of the base belongs to the output."""
+        return True
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The output's config.json, from the base's; keys keep their order and what is unknown is kept."""
         return config

@@ -70,7 +70,7 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
     with ExitStack() as stack:
         inputs = open_inputs(op, ctx, stack)
         source = ctx.inputs[op.base_ref].path
-        check_side_files(source)
+        _edit(op, check_side_files(source))  # What is wrong with the config must not wait for the end.
         targets, layout = plan_targets(op, inputs, ctx)
         jobs = plan_jobs(op, targets)
         ctx.out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
         stack.callback(writer.close)
         work = _Work(op, ctx, inputs, writer, jobs, op.prepare(ctx))
         work.run(threads or _threads(op, targets, ctx))
-        copy_side_files(source, ctx.out, lambda config: _edit(op, config))
+        copy_side_files(source, ctx.out, lambda config: _edit(op, config), op.keeps)
         ctx.sha256.update(writer.complete())
     return _metrics(targets, layout, work.gains(), ctx)
 

@@ -53,12 +53,15 @@ def check_side_files(folder: Path) -> dict[str, Any]:
 
 
 def copy_side_files(
-    source: Path, out: Path, edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    source: Path,
+    out: Path,
+    edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
+    keeps: Callable[[str], bool] = lambda file: True,
 ) -> list[str]:
     """Copy what belongs to the model beside its weights from folder to folder; the names copied.
 
-    edit: changes config.json; when it changes nothing, the file is copied byte for byte. README files, training
-    leftovers, pickles and code are left behind.
+    edit: changes config.json; when it changes nothing, the file is copied byte for byte. keeps: whether a file goes
+    along. README files, training leftovers, pickles and code are left behind.
     """
     before = check_side_files(source)
     after = edit(json.loads(json.dumps(before)))
@@ -70,7 +73,7 @@ def copy_side_files(
     copied = ["config.json"]
     for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
         name = path.relative_to(source).as_posix()
-        if path.is_file() and _COPIED.fullmatch(name):
+        if path.is_file() and _COPIED.fullmatch(name) and keeps(name):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / name)
             copied.append(name)

@@ -91,7 +91,7 @@ class Writer:
             try:
                 done += os.pwrite(shard.descriptor, data[done:], piece.start + offset + done)
             except OSError as error:
-                raise _store_error(error, shard.path) from error
+                raise store_error(error, shard.path) from error
         if shard.lock.acquire(blocking=False):  # Held by another: it is not our turn, and `_mark` will see to it.
             try:
                 if shard.hashed == piece.start + offset:  # In turn: digest it while it is in the cache.
@@ -138,7 +138,7 @@ class Writer:
             os.ftruncate(descriptor, size)
             os.pwrite(descriptor, header, 0)
         except OSError as error:
-            raise _store_error(error, partial) from error
+            raise store_error(error, partial) from error
         return _Shard(path, size, descriptor, hashlib.sha256(header), len(header))
 
     def _require_space(self) -> None:
@@ -190,7 +190,7 @@ class Writer:
                 self._journal.write(f"{zlib.crc32(line.encode()):08x} {line}\n".encode())
                 self._journal.flush()
             except OSError as error:
-                raise _store_error(error, self.folder / JOURNAL) from error
+                raise store_error(error, self.folder / JOURNAL) from error
 
     def _read_journal(self) -> dict[str, tuple[int, Any]] | None:
         """What a killed run of the same plan recorded: piece -> checksum and facts. None: start afresh."""
@@ -215,7 +215,7 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        raise _store_error(error, path) from error
+        raise store_error(error, path) from error
 
 
 def _clear(folder: Path) -> None:
@@ -226,7 +226,8 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _store_error(error: OSError, path: Path) -> HubforgeError:
+def store_error(error: OSError, path: Path) -> HubforgeError:
+    """What to raise when a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = f"the disk is full ({shutil.disk_usage(path.parent).free:,} bytes free)"
         return StoreError(what, where=str(path), mend="Free some space (hubforge gc), then run again: it will resume.")

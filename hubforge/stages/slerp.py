@@ -1,0 +1,71 @@
+"""Two models joined along the arc between them, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from hubforge.errors import StepError
+from hubforge.op import ModelRef, Place, TensorOp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Slerp(TensorOp):
+    """The model a share `t` of the way to another along the great arc between them, each tensor for itself.
+
+    The angle is taken by atan2, in float64, from the difference of the two: it stays exact for models that are nearly
+    the same, where an arccosine loses it. A tensor that is zero in one model, or whose angle is 0 or π, has no arc;
+    it goes along the straight line instead.
+    """
+
+    formula: ClassVar[str] = "sin((1 − t)·θ) / sin θ · W + sin(t·θ) / sin θ · W_to,  θ = ∠(W, W_to)"
+    source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242"
+
+    model: ModelRef = Field(description="The model at t = 0; config and tokenizer come from it.")
+    to: ModelRef = Field(description="The model at t = 1, of the same shapes.")
+    t: float = Field(ge=0, le=1, description="Share of the angle that is gone, in [0, 1]; 0 gives the model's bytes.")
+    missing: Literal["error", "base"] = Field(
+        "error",
+        description="A tensor that only one model has: an error, or base (kept if `model` has it, else left out).",
+    )
+
+    def changes(self, name: str, present: frozenset[str]) -> bool:
+        if self.to not in present and self.missing == "error":
+            mend = f"`missing: base` keeps the tensor of {self.model}."
+            raise StepError(f"{self.to} has no tensor {name}, which {self.model} has", mend=mend)
+        return self.t > 0 and self.to in present and self.to != self.model
+
+    def measures(self) -> bool:
+        return True
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
+        a = w[self.model].double().flatten()
+        d = w[self.to].double().flatten() - a
+        return {"aa": float(a @ a), "ad": float(a @ d), "dd": float(d @ d)}
+
+    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+        kept, taken = shares(angle(**at.totals), self.t)
+        if kept == 0:
+            return w[self.to]  # An infinite bound times 0 would be NaN.
+        return kept * w[self.model] + taken * w[self.to]
+
+
+def angle(aa: float, ad: float, dd: float) -> float:
+    """The angle between a and a + d, in [0, π], from the products a·a, a·d and d·d; 0 if either vector is zero.
+
+    atan2(|a × (a + d)|, a · (a + d)), where |a × (a + d)|² = |a|²|d|² − (a · d)² (Lagrange's identity).
+    """
+    cross = math.sqrt(max(aa * dd - ad * ad, 0.0))
+    return math.atan2(cross, aa + ad)
+
+
+def shares(theta: float, t: float) -> tuple[float, float]:
+    """How much of each end makes up the point `t` of the way along an arc of angle theta."""
+    if not math.sin(theta) > 1e-6:  # no arc, or one so short that the line is it within float32
+        return 1 - t, t
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)

@@ -1,0 +1,122 @@
+"""Adapters merged by TIES: trim, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from hubforge.errors import StepError
+from hubforge.op import AdapterRef, Context, Kind, Metrics, Op
+from hubforge.tensors.adapter import Adapter, open_adapter
+from hubforge.tensors.adapter_writer import Merged, align, merge_adapters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SignMethod = Literal["total", "frequency"]
+
+
+class Ties(Op):
+    """An adapter of the same rank, each factor merged by TIES: trimmed, signs elected, the agreeing values averaged.
+
+    The numbers are those of PEFT's `add_weighted_adapter(combination_type="ties")`: it works on A and B separately,
+    not on their products as the paper does on weights. Each takes the square root of |weight · scaling|, and A its
+    sign. One difference: PEFT 0.21 applies rsLoRA's scaling to the merged factors once more, which already hold it.
+    """
+
+    makes: ClassVar[Kind] = "adapter"
+    requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
+    extra: ClassVar[str] = "merge"
+    formula: ClassVar[str] = "γ = sign Σ trim(τᵢ);  τ = mean of wᵢ · trim(τᵢ) over the i with sign trim(τᵢ) = γ"
+    source: ClassVar[str] = "Yadav et al. 2023, arXiv:2306.01708; peft.utils.merge_utils.ties"
+
+    adapters: list[AdapterRef] = Field(min_length=2, description="Adapters of one base and one rank.")
+    weights: list[float] | None = Field(
+        None, description="One factor per adapter, any sign; by default 1 each. Not normalised."
+    )
+    density: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Share of each factor that is kept, the largest by magnitude, in (0, 1]; paper: 0.2.",
+    )
+    majority_sign_method: SignMethod = Field(
+        "total", description="How signs are elected: by the sum of values (total) or by their number (frequency)."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Element type of the factors.")
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Ties:
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.adapters)} adapters")
+        if not all(math.isfinite(weight) for weight in self.weights or []):
+            raise ValueError("weights must be finite numbers")
+        return self
+
+    def run(self, ctx: Context) -> Metrics:
+        weights = self.weights or [1.0] * len(self.adapters)
+        with ExitStack() as stack:
+            adapters = [stack.enter_context(open_adapter(ctx.path(ref), str(ref))) for ref in self.adapters]
+            _require_one_rank(adapters, ctx)
+
+            def merge(module: Merged) -> tuple[Tensor, Tensor]:
+                factors = [adapters[i].factors(part.name) for i, part in module.parts.items()]
+                scaled = [weights[i] * part.scaling for i, part in module.parts.items()]
+                roots = [math.sqrt(abs(scale)) for scale in scaled]
+                signed = [
+                    math.copysign(root, scale) if scale else 0.0 for root, scale in zip(roots, scaled, strict=True)
+                ]
+                a = ties([a for a, _ in factors], signed, self.density, self.majority_sign_method)
+                b = ties([b for _, b in factors], roots, self.density, self.majority_sign_method)
+                return a, b
+
+            return merge_adapters(ctx, adapters, merge, lambda module: module.first.rank, self.dtype)
+
+
+def _require_one_rank(adapters: Sequence[Adapter], ctx: Context) -> None:
+    for module in align(adapters, ctx.where):
+        ranks = {adapters[i].name: part.rank for i, part in module.parts.items()}
+        if len(set(ranks.values())) > 1:
+            found = ", ".join(f"{rank} in {name}" for name, rank in ranks.items())
+            what = f"ties needs adapters of one rank, but that of {module.name} is {found}"
+            raise StepError(what, where=ctx.where, mend="`op: average` merges adapters of any ranks.")
+
+
+def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, method: SignMethod = "total") -> Tensor:
+    """The TIES merge of tensors of one shape, float32. Signs are elected before weighting, as PEFT does."""
+    import torch
+
+    trimmed = torch.stack([trim(tensor, density) for tensor in tensors])
+    agrees = trimmed.sign() == elect_sign(trimmed, method)
+    scale = torch.tensor(list(weights)).view(-1, *[1] * tensors[0].dim())
+    return (trimmed * scale * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
+
+
+def trim(tensor: Tensor, density: float) -> Tensor:
+    """The tensor with only its int(density · n) largest magnitudes, the rest zero.
+
+    Equal magnitudes at the threshold are taken as torch.topk takes them.
+    """
+    import torch
+
+    if density >= 1:
+        return tensor
+    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+    mask[kept] = 1
+    return tensor * mask.view(tensor.shape)
+
+
+def elect_sign(trimmed: Tensor, method: SignMethod) -> Tensor:
+    """Sign of the sum (total) or of the sum of signs (frequency) over the first dimension: +1 or -1.
+
+    A zero sum elects +1, as PEFT does; the paper leaves it open.
+    """
+    import torch
+
+    votes = trimmed if method == "total" else trimmed.sign()
+    return torch.where(votes.sum(0) >= 0, 1, -1)
