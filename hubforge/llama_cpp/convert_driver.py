@@ -16,6 +16,7 @@ from hubforge.llama_cpp.process import exit_with_parent
 
 NAMED = "hubforge: pre-tokenizer named "
 UNKNOWN = "hubforge: pre-tokenizer unknown"
+REFUSED = "this model needs code that comes with it, and hubforge never runs such code"
 
 
 def main() -> int:
@@ -43,7 +44,7 @@ def forbid_remote_code() -> None:
         kind.from_pretrained = staticmethod(_without_remote_code(kind.from_pretrained))
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("hubforge never runs code that comes with a model")
+        raise RuntimeError(REFUSED)
 
     # Where every other way in would execute it.
     dynamic_module_utils.get_class_in_module = refuse
@@ -51,7 +52,12 @@ def forbid_remote_code() -> None:
 
 def _without_remote_code(load: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        return load(*args, **{**kwargs, "trust_remote_code": False})
+        try:
+            return load(*args, **{**kwargs, "trust_remote_code": False})
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise RuntimeError(REFUSED) from None  # Its own advice would be to trust the code.
 
     return from_pretrained
 

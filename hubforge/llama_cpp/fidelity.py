@@ -6,6 +6,7 @@ permuted head. Tokens tell the first two, the divergence of the logits the rest,
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,11 @@ class Distance:
 def check_tokens(tokenizer: PreTrainedTokenizerBase, gguf: GgufModel, strings: Sequence[str] = ()) -> int:
     """How many strings the GGUF gave the same token ids as the model's tokenizer, which is all; else StepError.
 
-    The STRINGS of this module, the special tokens among text, and `strings`. With them what else a prompt depends on:
-    whether it starts with BOS, and the chat template.
+    The STRINGS and PASSAGES of this module, words of the vocabulary, the special tokens among text, and `strings`.
+    With them what else a prompt depends on: whether it starts with BOS, and the chat template.
     """
     checked = 0
-    for text in (*STRINGS, *_around_special(tokenizer), *strings):
+    for text in (*STRINGS, *PASSAGES, *_words(tokenizer), *_around_special(tokenizer), *strings):
         expected = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         found = gguf.tokenize(text)
         if found != expected:
@@ -166,6 +167,15 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
 
     shifted = row.astype(np.float64) - row.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def _words(tokenizer: Any, most: int = 256, per_string: int = 32) -> list[str]:
+    """Up to `most` words, evenly from the whole vocabulary, so that its merges are tried wherever it was trained."""
+    tokens = (tokenizer.decode([token]) for token in range(0, len(tokenizer), max(1, len(tokenizer) // (4 * most))))
+    words = [word for word in tokens if word.isalpha() or (word[:1] == " " and word[1:].isalpha())]
+    words = [word for word in words if unicodedata.is_normalized("NFC", word)][:: max(1, len(words) // most)]
+    strings = ["".join(words[at : at + per_string]) for at in range(0, len(words), per_string)]
+    return strings + [" ".join(words[at : at + per_string]) for at in range(0, len(words), per_string)]
 
 
 def _around_special(tokenizer: Any) -> list[str]:

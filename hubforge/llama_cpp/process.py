@@ -31,8 +31,8 @@ def child_environment() -> dict[str, str]:
     """Our environment, in which a child finds this very hubforge and reaches no Hub."""
     here = str(Path(__file__).resolve().parents[2])
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"}
+    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def ending(returncode: int) -> str:

@@ -45,18 +45,26 @@ def test_a_tokenizer_of_no_known_family_is_refused_with_its_regex(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_code_that_comes_with_a_model_is_not_run(tiny_llama_256: Path, converter_tree: Tree, tmp_path: Path) -> None:
-    model = copy(tiny_llama_256, tmp_path / "model")
-    sign = tmp_path / "it-ran"
+def test_code_that_comes_with_a_model_is_not_run(tiny_llama_256: Path, tmp_path: Path) -> None:
+    model, sign = copy(tiny_llama_256, tmp_path / "model"), tmp_path / "it-ran"
     (model / "tokenization_evil.py").write_text(
         f"from transformers import PreTrainedTokenizerFast\nopen({str(sign)!r}, 'w')\n"
         "class EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
     config = json.loads((model / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "EvilTokenizer"
     config["auto_map"] = {"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    convert(model, tmp_path / "x.gguf", tree=converter_tree, name="x")
-    assert read_header(tmp_path / "x.gguf").tensors
+    trusting = tmp_path / "tree"
+    trusting.mkdir()
+    (trusting / "convert_hf_to_gguf.py").write_text(
+        "import sys\n"
+        "def main():\n"
+        "    from transformers import AutoTokenizer\n"
+        "    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+    with pytest.raises(StepError, match="needs code that comes with it"):
+        convert(model, tmp_path / "x.gguf", tree=Tree(trusting, "trusting", ""), name="x")
     assert not sign.exists()
 
 
