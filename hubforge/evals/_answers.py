@@ -46,6 +46,10 @@ class Answers:
             for request in requests
         ]
 
+    def get(self, request: Sequence[Any]) -> str | None:
+        """The answer that a killed run had to this request."""
+        return self.kept.get(_key(request))
+
     def expect(self, more: int) -> None:
         self.total += more
 

@@ -14,6 +14,8 @@ import numpy as np  # noqa: TID253
 from lm_eval.api.model import TemplateLM  # noqa: TID253
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: TID253
 
+from hubforge.evals._subjects import render_chat
+
 if TYPE_CHECKING:
     from hubforge.evals._answers import Answers
     from hubforge.llama_cpp.runtime import GgufModel
@@ -79,16 +81,8 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
             return self._render(rest, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered, _ = render_jinja_template(
-            [messages],
-            chat_template=self.model.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **self.special_tokens,
-        )
-        return str(rendered[0])
+        template = self.template or ""
+        return render_chat(template, messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         return self.cache_hook.complete(  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,3 +103,37 @@ def special_tokens(model: GgufModel, metadata: Mapping[str, Any]) -> dict[str, s
         "pad_token": metadata.get("tokenizer.ggml.padding_token_id"),
     }
     return {name: model.detokenize([number], special=True) for name, number in ids.items() if number is not None}
+
+
+def chat_or_not(asked: bool | None, template: str | None, name: str, where: str) -> bool:
+    """Whether prompts go through the chat template: as asked, else where there is one."""
+    if asked and not template:
+        raise StepError(
+            f"{name!r} has no chat template, and `apply_chat_template` is true",
+            where=where,
+            mend="Leave it out: a model without template is then asked in plain text.",
+        )
+    return bool(template) if asked is None else asked
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    special_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt as Transformers' sandboxed renderer writes it, whether the template came with a model or in a GGUF.
+
+    Raises jinja2.TemplateError where the template refuses the messages, as some do with a system turn.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template(
+        [list(messages)],
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+        **special_tokens,
+    )
+    return str(rendered[0])

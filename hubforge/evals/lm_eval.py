@@ -23,7 +23,7 @@ from hubforge.evals._results import (
     task_conditions,
     write_lines,
 )
-from hubforge.evals._subjects import dtype_for, gguf_type, special_tokens, weights_of, with_baseline
+from hubforge.evals._subjects import chat_or_not, dtype_for, gguf_type, special_tokens, weights_of, with_baseline
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelOrGgufRef, Op
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class LmEval(Op):
         ):
             loaded = load_tasks(self._choice(ctx), ctx.warn)
             with self._subject(ctx) as (lm, conditions):
-                chat = self._chat(lm.template, ctx)
+                chat = chat_or_not(self.apply_chat_template, lm.template, self.on[0], ctx.where)
                 self._check_lengths(loaded["tasks"], lm.max_length, ctx)
                 results = evaluate(
                     lm=lm,
@@ -228,15 +228,6 @@ class LmEval(Op):
     def _answers(self, ctx: Context, batch_size: int) -> Answers:
         what = ", ".join(self.tasks)
         return Answers(ctx.out / ANSWERS, batch_size, lambda done, total: ctx.progress(done, total, "answers", what))
-
-    def _chat(self, template: str | None, ctx: Context) -> bool:
-        if self.apply_chat_template and not template:
-            raise StepError(
-                f"{self.on[0]!r} has no chat template, and `apply_chat_template` is true",
-                where=ctx.where,
-                mend="Leave it out: a model without template is then asked in plain text.",
-            )
-        return bool(template) if self.apply_chat_template is None else self.apply_chat_template
 
     def _check_lengths(self, tasks: dict[str, Any], max_length: int, ctx: Context) -> None:
         """Raise StepError when an answer may take all the context, and leave none for the question."""
