@@ -1,0 +1,326 @@
+"""The Fisher of each weight is the mean of its squared per-example gradients: against a plain float64 loop."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from hubforge.errors import SourceError, StepError
+from hubforge.events import Event, Note, Progress, Warned
+from hubforge.masks import fisher as module
+from hubforge.masks._diagonal import Diagonal, Example, example_loss, reply, spearman
+from hubforge.masks.fisher import Fisher
+from hubforge.models import load_model
+from hubforge.op import Artifact, Context
+
+LINES = [f"The {word} walked to the harbour and sat down." for word in ("cook", "old man", "lantern keeper", "cat")]
+
+
+def context(out: Path, model: Path, lines: list[str] = LINES, report: Callable[[Event], None] = print) -> Context:
+    data = out.parent / f"{out.name}.jsonl"
+    data.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    out.mkdir(exist_ok=True)
+    inputs = {"it": Artifact("it", "model", "k", model), "rows": Artifact("rows", "dataset", "k", data)}
+    return Context("masks.importance", out, inputs, where="r.yaml:7", report=report)
+
+
+def op(**fields: object) -> Fisher:
+    return Fisher.model_validate({"model": "it", "data": "rows", "dtype": "float32"} | fields)
+
+
+def loop(
+    folder: Path, examples: list[list[int]], names: list[str], reduction: str, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """The definition: a batch of one, all gradients, squared, averaged in float64."""
+    model = load_model(folder, dtype=dtype)
+    sums = {
+        name: torch.zeros_like(weight, dtype=torch.float64)
+        for name, weight in model.named_parameters()
+        if name in names
+    }
+    for ids in examples:
+        model.zero_grad()
+        tokens = torch.tensor([ids])
+        logits = model(tokens).logits
+        cross_entropy(logits[0, :-1], tokens[0, 1:], reduction=reduction).backward()
+        for name, weight in model.named_parameters():
+            if name in sums:
+                sums[name] += weight.grad.double() ** 2
+    return {name: total / len(examples) for name, total in sums.items()}
+
+
+# The loop and we differ by the rounding of our float32 sums alone when both use the same precision. Float32 gradients
+# are themselves inexact: 4e-6 in the Llama, up to 2e-4 in the Gemmas with their random weights, in the plain loop too.
+CASES = [
+    *((name, torch.float32, torch.float32, 1e-6) for name in ("llama", "gemma4", "gemma4_multimodal")),
+    *((name, torch.float64, torch.float64, 1e-6) for name in ("llama", "gemma4", "gemma4_multimodal")),
+    ("llama", torch.float32, torch.float64, 1e-5),
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("name", "dtype", "reference", "tolerance"), CASES)
+def test_it_is_the_mean_of_squared_per_example_gradients(
+    name: str, dtype: torch.dtype, reference: torch.dtype, tolerance: float, reduction: str,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(f"tiny_{name}")
+    examples = [torch.randint(5, 280, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 30, 17)]
+    model = load_model(folder, dtype=dtype)
+    names = [name for name, weight in model.named_parameters() if "_proj.weight" in name and "layers" in name]
+    names = [name for name in names if "tower" not in name]
+    with Diagonal(model, {n: w for n, w in model.named_parameters() if n in names}, "cpu") as diagonal:
+        for ids in examples:
+            diagonal.add(example_loss(model, Example(ids), reduction))
+    for name, expected in loop(folder, examples, names, reduction, reference).items():
+        error = (diagonal.sums[name].double() / len(examples) - expected).abs().max() / expected.max()
+        assert error < tolerance, name
+        assert expected.max() > 0, name
+
+
+def test_what_is_written_is_the_loop_rounded_to_bfloat16(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = op(chat_template=False).run(context(out, tiny_llama))
+    from hubforge.models import load_tokenizer, texts
+
+    ids = texts([{"prompt": line} for line in LINES], load_tokenizer(tiny_llama), chat_template=False)
+    written = load_file(out / "fisher.safetensors")
+    expected = loop(tiny_llama, ids, list(written), "mean")
+    assert len(written) == 14 == metrics["tensors"]
+    for name, values in written.items():
+        assert values.dtype == torch.bfloat16
+        torch.testing.assert_close(values.double(), expected[name], rtol=2**-8, atol=1e-6 * expected[name].max().item())
+    assert metrics["tokens"] == sum(len(row) - 1 for row in ids)
+    assert sorted(path.name for path in out.iterdir()) == ["fisher.safetensors", "layer_importance.json"]
+
+
+def test_layer_importance_adds_up(tiny_llama: Path, tmp_path: Path) -> None:
+    metrics = op().run(context(tmp_path / "out", tiny_llama))
+    written = load_file(tmp_path / "out" / "fisher.safetensors")
+    facts = json.loads((tmp_path / "out" / "layer_importance.json").read_text())
+    for layer in ("0", "1"):
+        mine = [values.double() for name, values in written.items() if f"layers.{layer}." in name]
+        count = sum(values.numel() for values in mine)
+        assert facts["layers"][layer]["count"] == count
+        # The sums are of the float32 values; the file holds them rounded to 8 bits.
+        assert facts["layers"][layer]["sum"] == pytest.approx(sum(float(v.sum()) for v in mine), rel=1e-3)
+        assert facts["layers"][layer]["mean"] == pytest.approx(facts["layers"][layer]["sum"] / count)
+    assert facts["total"]["sum"] == pytest.approx(sum(entry["sum"] for entry in facts["layers"].values()))
+    assert [entry["layer"] for entry in metrics["layers"]] == [0, 1]
+    zeros = sum(int((values == 0).sum()) for values in written.values())
+    assert sum(facts["log10_histogram"].values()) + zeros == metrics["parameters"]
+    assert facts["left_out"] == {"lm_head.weight": 1, "model.embed_tokens.weight": 1}
+
+
+def test_gemma_leaves_out_towers_per_layer_embeddings_and_dead_keys(
+    tiny_gemma4_multimodal: Path, tmp_path: Path
+) -> None:
+    metrics = op().run(context(tmp_path / "out", tiny_gemma4_multimodal))
+    names = set(load_file(tmp_path / "out" / "fisher.safetensors"))
+    assert len(names) == metrics["tensors"] == 4 * 7 - 2 * 2  # two layers share their keys and values
+    assert all(name.startswith("model.language_model.layers.") and "per_layer" not in name for name in names)
+    assert not any("layers.3.self_attn.k_proj" in name for name in names)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", float("inf"))
+    seen: list[Event] = []
+
+    def kill_at_three(event: Event) -> None:
+        if isinstance(event, Progress) and event.done == 3:
+            raise Killed
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    sampled = op(labels="sampled")
+    undisturbed = sampled.run(context(whole, tiny_llama))
+    with pytest.raises(Killed):
+        sampled.run(context(cut, tiny_llama, report=kill_at_three))
+    assert not (cut / "fisher.safetensors").exists()
+    resumed = sampled.run(context(cut, tiny_llama, report=seen.append))
+    assert [event.done for event in seen if isinstance(event, Progress)] == [4]
+    assert any(isinstance(event, Note) and event.text == "resumed after 3 of 4 samples" for event in seen)
+    assert {p.name: p.read_bytes() for p in cut.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    del undisturbed["seconds_per_sample"], resumed["seconds_per_sample"]
+    assert resumed == undisturbed
+
+
+def test_a_state_of_other_targets_is_not_taken(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SAVE_EVERY", 0.0)
+        patch.setattr(module, "_write", lambda *_: [])
+        op(targets="mlp").run(context(tmp_path / "out", tiny_llama))
+    assert (tmp_path / "out" / "state").is_dir()
+    assert op(targets="self_attn").run(context(tmp_path / "out", tiny_llama))["samples"] == 4
+
+
+def test_sampled_labels_follow_the_models_predictions(tiny_llama: Path) -> None:
+    """Averaged over draws the loss is the entropy of the predictions, whatever the text's own labels are."""
+    model = load_model(tiny_llama, dtype=torch.float32)
+    example = Example(torch.randint(5, 280, (40,), generator=torch.Generator().manual_seed(0)).tolist())
+    with torch.no_grad():
+        logits = model(torch.tensor([example.ids])).logits[0, :-1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.stack([example_loss(model, example, "mean", generator) for _ in range(100)])
+    # 100 draws of 39 labels: the standard error is the spread of the draws' means over 10.
+    assert abs(drawn.mean() - entropy) < 4 * drawn.std() / 10
+    assert (example_loss(model, example, "mean") - entropy).abs() > 8 * drawn.std() / 10
+
+
+def test_a_reply_is_what_greedy_decoding_says_and_the_loss_is_on_it_alone(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, dtype=torch.float32)
+    prompt = [3, 50, 61, 72]
+    said = reply(model, prompt, 5)
+    ids = list(prompt)
+    for token in said:
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        assert token == int(logits.argmax())
+        ids.append(token)
+    logits = model(torch.tensor([ids])).logits[0]
+    expected = cross_entropy(logits[3:-1], torch.tensor(said))
+    torch.testing.assert_close(example_loss(model, Example(ids, 4), "mean"), expected)
+
+
+def test_the_responses_are_weighed(tiny_llama: Path, tmp_path: Path) -> None:
+    metrics = op(labels="response", max_new_tokens=6).run(context(tmp_path / "out", tiny_llama))
+    assert 4 <= metrics["tokens"] <= 4 * 6
+
+
+def test_long_samples_are_cut_counted_and_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    lines = ["Short.", "Long " * 40]
+    metrics = op(max_length=12, chat_template=False).run(context(tmp_path / "o", tiny_llama, lines, seen.append))
+    assert metrics["truncated"] == 1
+    assert any(isinstance(event, Warned) and "1 of 2 samples are cut to 12 tokens" in event.text for event in seen)
+    assert metrics["tokens"] <= 2 * 11
+
+
+def test_samples_are_drawn_by_the_seed(tiny_llama: Path, tmp_path: Path) -> None:
+    def made(name: str, seed: int) -> bytes:
+        op(samples=2, seed=seed).run(context(tmp_path / name, tiny_llama))
+        return (tmp_path / name / "fisher.safetensors").read_bytes()
+
+    assert made("a", 1) == made("b", 1)
+    assert made("a", 1) != made("c", 2)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1, 2, 3], [10, 20, 99], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486832980505138),  # ranks 1, 2.5, 2.5, 4 by hand: 4.5 / sqrt(4.5 * 5)
+    ],
+    ids=["same", "reversed", "ties"],
+)
+def test_spearman_by_hand(a: list[float], b: list[float], expected: float) -> None:
+    assert spearman(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+
+
+def test_reliability_is_the_correlation_of_the_halves(tiny_llama: Path) -> None:
+    """By hand: a Fisher of the even examples, one of the odd ones, and the correlation of their ranks."""
+    model = load_model(tiny_llama, dtype=torch.float32)
+    weights = {name: weight for name, weight in model.named_parameters() if "mlp" in name}
+    examples = [torch.randint(5, 280, (12,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5)]
+
+    def fisher(some: list[list[int]]) -> Diagonal:
+        with Diagonal(model, weights, "cpu") as diagonal:
+            for ids in some:
+                diagonal.add(example_loss(model, Example(ids), "mean"))
+        return diagonal
+
+    halves = [torch.cat([t.view(-1) for t in fisher(examples[i::2]).sums.values()]) for i in (0, 1)]
+    assert fisher(examples).reliability() == pytest.approx(spearman(*halves), abs=1e-6)
+    assert fisher(examples[:1]).reliability() is None
+
+
+def test_same_halves_are_perfectly_reliable(tiny_llama: Path, tmp_path: Path) -> None:
+    metrics = op().run(context(tmp_path / "out", tiny_llama, ["The sea was calm."] * 4))
+    assert metrics["reliability"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_weight_that_nothing_depends_on_is_named(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, dtype=torch.float32)
+    diagonal = Diagonal(model, {"model.unused": torch.nn.Parameter(torch.ones(2, 2))}, "cpu")
+    with diagonal, pytest.raises(StepError, match=r"the Fisher of model\.unused is zero after 1 samples"):
+        diagonal.add(example_loss(model, Example([3, 4, 5]), "mean"))
+        diagonal.check()
+
+
+def test_a_tower_is_refused_before_the_model_is_loaded(
+    tiny_gemma4_multimodal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(StepError, match=r"r.yaml:7: targets match model\.\w+_tower\..* no gradient of a text reaches"):
+        op(targets="q_proj").run(context(tmp_path / "out", tiny_gemma4_multimodal))
+
+
+def test_a_damaged_weight_is_found(tiny_llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    for shard in folder.glob("*.safetensors"):
+        weights = load_file(shard)
+        for name in weights:
+            if "layers.1.mlp.up_proj" in name:
+                weights[name][0, 0] = float("nan")
+        save_file(weights, shard)
+    with pytest.raises(StepError, match=r"the loss of sample 1 is nan"):
+        op().run(context(tmp_path / "out", folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"column": "promt"}, SourceError, r"Columns: prompt. Did you mean 'prompt'?"),
+        (
+            {"targets": "k_porj"},
+            StepError,
+            r"r.yaml:7: no matrix of the model matches targets 'k_porj'\n  Matrices: lm_h",
+        ),
+        ({"targets": "embed_tokens|k_proj"}, None, ""),
+    ],
+    ids=["column", "targets", "embeddings"],
+)
+def test_wrong_fields_are_named(
+    tiny_llama: Path, tmp_path: Path, fields: dict[str, str], error: type[Exception] | None, message: str
+) -> None:
+    if error is None:
+        assert op(**fields).run(context(tmp_path / "out", tiny_llama))["tensors"] == 3
+        return
+    with pytest.raises(error, match=message):
+        op(**fields).run(context(tmp_path / "out", tiny_llama))
+
+
+def test_a_pattern_that_is_none_is_refused_by_the_field() -> None:
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        op(targets="(")
+
+
+def test_the_preflight_finds_a_missing_column(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no column 'question'"):
+        op(column="question").preflight(context(tmp_path / "out", tiny_llama))
+
+
+def test_too_little_memory_is_said_before_the_model_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_free", lambda device: 1e5)
+    monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(StepError, match=r"GB are needed on cpu, and 0.0001 GB are free"):
+        op().run(context(tmp_path / "out", tiny_llama))
