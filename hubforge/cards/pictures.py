@@ -180,7 +180,7 @@ def _bars(
         )
         if name in ranges:
             low, high = ranges[name]
-            picture.line(x, at(low), x, at(high), "plain whisker")
+            picture.line(x, at(low), x, at(high), "over")
         if index % every == 0:
             picture.text(x, bottom + 17, name, "dim small", "middle")
     picture.text((left + right) / 2, bottom + 36, "layer", "dim small", "middle")

@@ -97,18 +97,23 @@ def _place(boxes: dict[str, _Box], columns: int) -> None:
             column.sort(key=lambda box: (order[box.name], box.name))
             for index, box in enumerate(column):
                 order[box.name] = index - (len(column) - 1) / 2
-    room = (_WIDEST - 2 * _PAD - _GAP * (columns - 1)) / columns
+    widths = [_wanted(column) for column in grid]
+    if sum(widths) + _GAP * (columns - 1) + 2 * _PAD > _WIDEST:
+        room = (_WIDEST - 2 * _PAD - _GAP * (columns - 1)) / columns
+        widths = [min(width, max(room, 110.0)) for width in widths]
     tallest = max(len(column) for column in grid)
     x = _PAD
-    for column in grid:
-        needed = max(
-            (max(text_width(box.top, 13, bold=True), text_width(box.below, 11)) for box in column), default=60.0
-        )
-        width = max(84.0, min(needed + 24, max(room, 150.0), 230.0))
+    for column, width in zip(grid, widths, strict=True):
         start = _PAD + (tallest - len(column)) * _ROW / 2
         for index, box in enumerate(column):
             box.x, box.y, box.width = x, start + index * _ROW, width
         x += width + _GAP
+
+
+def _wanted(column: list[_Box]) -> float:
+    """The width at which every name of a column can be read, within reason."""
+    words = [max(text_width(box.top, 13, bold=True), text_width(box.below, 11)) for box in column]
+    return max(84.0, min(max(words, default=0.0) + 24, 230.0))
 
 
 def _arrow(picture: Picture, start: _Box, end: _Box, boxes: dict[str, _Box]) -> None:

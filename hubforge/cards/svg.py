@@ -22,6 +22,7 @@ svg { font-family: FONT; font-size: 13px; }
 .good { fill: #0550ae; stroke: #0550ae; } .bad { fill: #bc4c00; stroke: #bc4c00; }
 .plain { fill: #59636e; stroke: #59636e; } .hollow { fill: #ffffff; stroke: #59636e; }
 .bar { fill: #218bff; } .bar2 { fill: #8250df; } .whisker { stroke-width: 2; }
+.over { stroke: #1f2328; stroke-width: 1.5; }
 .box { fill: #f6f8fa; stroke: #d0d7de; } .made { fill: #ddf4ff; stroke: #54aeff; }
 .end { fill: #0969da; stroke: #0969da; } .onend { fill: #ffffff; }
 .edge { stroke: #818b98; stroke-width: 1.4; fill: none; }
@@ -32,7 +33,7 @@ svg { font-family: FONT; font-size: 13px; }
 .line { stroke: #3d444d; } .axis { stroke: #656c76; }
 .good { fill: #79c0ff; stroke: #79c0ff; } .bad { fill: #ffa657; stroke: #ffa657; }
 .plain { fill: #9198a1; stroke: #9198a1; } .hollow { fill: #0d1117; stroke: #9198a1; }
-.bar { fill: #388bfd; } .bar2 { fill: #a371f7; }
+.bar { fill: #388bfd; } .bar2 { fill: #8957e5; } .over { stroke: #f0f6fc; }
 .box { fill: #151b23; stroke: #3d444d; } .made { fill: #121d2f; stroke: #1f6feb; }
 .end { fill: #1f6feb; stroke: #1f6feb; } .edge { stroke: #656c76; }
 }""".replace("FONT", FONT)

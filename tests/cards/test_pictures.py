@@ -117,7 +117,7 @@ def test_energy_is_drawn_from_zero_to_all_of_it() -> None:
     layers = [{"layer": 0, "energy_captured": {"mean": 0.5, "min": 0.25, "max": 1.0}}]
     root = ElementTree.fromstring(energy_picture(layers, "Energy"))
     (bar,) = (rect for rect in root.iter(f"{SVG}rect") if rect.get("class") == "bar2")
-    (line,) = (one for one in root.iter(f"{SVG}line") if one.get("class") == "plain whisker")
+    (line,) = (one for one in root.iter(f"{SVG}line") if one.get("class") == "over")
     assert float(bar.get("height", 0)) == pytest.approx(100)
     assert abs(float(line.get("y1", 0)) - float(line.get("y2", 0))) == pytest.approx(150)
 

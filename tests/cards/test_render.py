@@ -230,3 +230,43 @@ def test_nothing_heavy_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("target", ["weights", "adapter"])
+def test_snippets_run_as_printed(
+    target: str,
+    rich_release: Release,
+    tiny_llama: Path,
+    tiny_loras: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a folder in place of each repository, and fewer tokens, for which there is no network to wait."""
+    (snippet,) = fences(readme(rich_release, target), "python")
+    snippet = snippet.replace('"me/lighthouse-e4b"', repr(str(tiny_llama)))
+    snippet = snippet.replace('"google/gemma-4-E4B-pt"', repr(str(tiny_llama)))
+    snippet = snippet.replace('"me/chat-r16"', repr(str(tiny_loras["one"])))
+    snippet = snippet.replace("max_new_tokens=200", "max_new_tokens=3")
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_mask_snippet_runs_as_printed(
+    rich_release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    import torch
+    from safetensors.torch import save_file
+
+    (snippet,) = fences(readme(rich_release, "masks"), "python")
+    path = tmp_path / "fisher.safetensors"
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 2)}, path)
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, name: str, **more: str) -> str:
+        asked.append((repo, name))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert asked == [("me/gemma-4-masks", "g4-e4b-it/importance.safetensors")]
+    assert capsys.readouterr().out == "model.layers.0.mlp.up_proj.weight [4, 2]\n"
