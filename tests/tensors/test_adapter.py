@@ -129,7 +129,8 @@ def test_configs_that_are_refused(config, message, adapter_folder):
 def test_tensors_that_are_refused(tensors, message, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1}))
     save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors"
+        {f"base_model.model.{name}": tensor.clone() for name, tensor in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(SourceError, match=message):
         _ = open_adapter(tmp_path).modules
