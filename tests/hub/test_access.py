@@ -73,6 +73,30 @@ def test_who_may_push(hub: LocalHub, token: str, may: bool):
             push()
 
 
+@pytest.mark.parametrize(("token", "may"), [("hf_bob", True), ("hf_see", False)])
+def test_whoever_may_read_can_propose_a_change_with_a_writing_token(hub: LocalHub, token: str, may: bool):
+    def propose() -> None:
+        hub.api(token).upload_file(path_or_fileobj=b"\0", path_in_repo="w.bin", repo_id="ann/one", create_pr=True)
+
+    if may:
+        propose()
+        assert hub.api("hf_ann").file_exists("ann/one", "w.bin", revision="refs/pr/1")
+        with pytest.raises(HfHubHTTPError, match="403"):
+            hub.api(token).merge_pull_request("ann/one", 1)
+    else:
+        with pytest.raises(HfHubHTTPError, match="403"):
+            propose()
+    assert not hub.api("hf_ann").file_exists("ann/one", "w.bin")
+
+
+def test_without_tokens_a_browser_signs_in_with_one_click(local_hub: LocalHub):
+    local_hub.api().create_repo("me/sealed", private=True)
+    browser = type(get_session())()
+    assert "sealed" not in browser.get(local_hub.endpoint).text
+    browser.post(f"{local_hub.endpoint}/login")
+    assert "sealed" in browser.get(local_hub.endpoint).text
+
+
 @pytest.mark.parametrize(("token", "sees"), [("hf_ann", True), ("hf_see", True), ("hf_bob", False), ("hf_one", False)])
 def test_who_sees_a_private_repository(hub: LocalHub, token: str, sees: bool):
     listed = {model.id for model in hub.api(token).list_models()}

@@ -126,7 +126,6 @@ def info(repo: Repository, commit: Commit, *, blobs: bool = False) -> dict[str, 
         "likes": 0,
         "siblings": [],
         "cardData": card,
-        "usedStorage": repo.used(),
     }
     for path, entry in tree.files.items():
         sibling: dict[str, Any] = {"rfilename": path}
@@ -137,6 +136,8 @@ def info(repo: Repository, commit: Commit, *, blobs: bool = False) -> dict[str, 
                 lfs = facts["lfs"]
                 sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": lfs["pointerSize"]}
         seen["siblings"].append(sibling)
+    if blobs:
+        seen["usedStorage"] = repo.used()  # Looks at every stored file, so only when details are asked for.
     config = config_of(repo, tree)
     seen["tags"] = tags_of(card, tree, config)
     if repo.kind == "models":

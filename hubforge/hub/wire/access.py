@@ -77,6 +77,13 @@ class Access:
             user = self.user
             raise Refusal(403, f"Forbidden: {user}'s token may not write to {prefix_of(kind)}{id}")
 
+    def check_may_write(self) -> str:
+        """The user's name, if the token may write anywhere at all: to open a pull request or to comment."""
+        user = self.user
+        if self.token is None or self.token.role != "write":
+            raise Refusal(403, f"Forbidden: {user}'s token is for reading only")
+        return user
+
     def check_gate(self, repo: Repository) -> None:
         """Files of a gated repository are for those who may write to it."""
         if repo.about()["gated"] and not self.can_write(repo):

@@ -29,11 +29,8 @@ _MAX_CHANGES = 50_000
 def _writable(request: Request) -> Repository:
     """A pull request may be opened by anyone who is signed in and may read; all else takes the right to write."""
     if _is_pull_request(request):
-        repo = repository(request)
-        token = access(request)
-        if token.user and token.token is not None and token.token.role == "write":
-            return repo
-        raise Refusal(403, "Forbidden: this token may not write")
+        access(request).check_may_write()
+        return repository(request)
     return repository(request, write=True)
 
 

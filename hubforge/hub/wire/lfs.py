@@ -26,8 +26,10 @@ def batch(request: Request, data: dict[str, Any]) -> Response:
     upload = data.get("operation") == "upload"
     repo = repository(request)
     who = access(request)
-    if upload and not who.can_write(repo) and (who.user and "ref" in data):
-        who.check_write(repo.kind, repo.id)  # Without `ref` it is for a pull request, which a reader may open.
+    if upload and "ref" in data:
+        who.check_write(repo.kind, repo.id)
+    elif upload:
+        who.check_may_write()  # Without `ref` it is for a pull request, which whoever may read can open.
     if not upload:
         who.check_gate(repo)
     objects = data.get("objects")

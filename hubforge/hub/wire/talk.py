@@ -43,11 +43,7 @@ def create(request: Request, data: dict[str, Any]) -> Response:
 
 
 def _writer(request: Request) -> str:
-    who = access(request)
-    user = who.user
-    if who.token is None or who.token.role != "write":
-        raise Refusal(403, "Forbidden: this token may not write")
-    return user
+    return access(request).check_may_write()
 
 
 def show(request: Request) -> Response:
