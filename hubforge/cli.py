@@ -227,6 +227,38 @@ def verify(
     emit(show.verified_data(found)) if as_json else show.print_verified(found)
 
 
+@app.command(epilog="Example: hubforge reproduce me/my-model@v1.0 --into again --source prose=./out/prose-r64")
+def reproduce(
+    ctx: typer.Context,
+    repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
+    into: Annotated[Path, typer.Option(help="Folder for the recipe, the lock and what is made.")] = Path("reproduced"),
+    source: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a source that was local.")] = None,
+    folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Repeat the evals too.")] = False,
+    to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a published model again from its own page, and compare every byte."""
+    from hubforge import reproduce as again
+    from hubforge import show
+    from hubforge.session import Session, open_hub
+
+    name, _, revision = repo.partition("@")
+    reporter = Session.reporter(as_json=as_json, quiet=ctx.obj["quiet"])
+    with open_hub(to) as hub, reporter:
+        release = again.fetch_release(name, hub, revision=revision or None, folder=folder, report=reporter)
+    recipe = again.write_recipe(release, into, again.read_sources(source or []))
+    ctx.obj["store"] = ctx.obj["store"] or into / ".hubforge"
+    here = session(ctx, recipe, as_json=as_json)
+    with here:
+        compared = again.reproduce(here, release, everything=everything)
+    if as_json:
+        emit([vars(one) for one in compared])
+    else:
+        show.print_compared(compared)
+    again.check(compared)
+
+
 @app.command(epilog="Examples: hubforge ops · hubforge ops ties · hubforge ops --json")
 def ops(
     name: Annotated[str | None, typer.Argument(help="One op: ties, or stages.ties.")] = None,

@@ -16,6 +16,7 @@ from hubforge.recipe import Recipe
 
 if TYPE_CHECKING:
     from hubforge.publish._plan import PushPlan
+    from hubforge.reproduce import Compared
     from hubforge.session import Outcome
     from hubforge.verify import VerifyReport
 
@@ -174,6 +175,16 @@ def print_verified(found: VerifyReport) -> None:
     if found.unlisted:
         console.print(f"  [dim]{some(len(found.unlisted), 'file')} that no release file speaks of[/dim]")
     console.print(f"[green]verified[/green] at commit {found.commit}")
+
+
+def print_compared(compared: Sequence[Compared]) -> None:
+    """Which files came out the same."""
+    for one in compared:
+        mark = "[green]=[/green]" if one.same else "[red]≠[/red]" if one.exact else "[yellow]≠[/yellow]"
+        about = "" if one.same or one.exact else "  [dim]this op does not promise equal bytes on another machine[/dim]"
+        console.print(f"{mark} {one.step}  {escape(one.path)}{about}", soft_wrap=True)
+    same = sum(one.same for one in compared)
+    console.print(f"{same} of {some(len(compared), 'file')} came out the same, byte for byte")
 
 
 def find_ops(name: str | None) -> list[catalog.Entry]:
