@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_folders_and_commits_have_the_ids_git_gives_them(tmp_path: Path):
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **env},
+            ["git", *arguments], cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **env},
             check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
 
