@@ -84,11 +84,9 @@ def _routed(logger: logging.Logger, listener: logging.Handler) -> Iterator[None]
 
 def _progress_bars() -> Iterator[Any]:
     """For each library that draws bars of its own, a context in which it does not."""
-    import datasets.utils
-    import huggingface_hub.utils
     from transformers.utils import logging as transformers_logging
 
-    for library in (datasets.utils, huggingface_hub.utils):
+    for library in filter(None, map(sys.modules.get, ("datasets.utils", "huggingface_hub.utils"))):
         yield _switched_off(
             getattr(library, "are_progress_bars_disabled"),  # noqa: B009 - re-exported, but not by name
             getattr(library, "disable_progress_bars"),  # noqa: B009

@@ -105,6 +105,18 @@ def special_tokens(model: GgufModel, metadata: Mapping[str, Any]) -> dict[str, s
     return {name: model.detokenize([number], special=True) for name, number in ids.items() if number is not None}
 
 
+def check_template(asked: bool | None, artifact: Artifact | None, where: str) -> None:
+    """As `chat_or_not`, before anything is loaded: raise StepError where a model's files have no template."""
+    if not asked or artifact is None or artifact.kind != "model":
+        return
+    config = artifact.path / "tokenizer_config.json"
+    if (artifact.path / "chat_template.jinja").is_file() or (artifact.path / "chat_template.json").is_file():
+        return
+    chat_or_not(
+        asked, "?" if config.is_file() and b'"chat_template"' in config.read_bytes() else None, artifact.name, where
+    )
+
+
 def chat_or_not(asked: bool | None, template: str | None, name: str, where: str) -> bool:
     """Whether prompts go through the chat template: as asked, else where there is one."""
     if asked and not template:

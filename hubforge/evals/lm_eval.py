@@ -23,7 +23,15 @@ from hubforge.evals._results import (
     task_conditions,
     write_lines,
 )
-from hubforge.evals._subjects import chat_or_not, dtype_for, gguf_type, special_tokens, weights_of, with_baseline
+from hubforge.evals._subjects import (
+    chat_or_not,
+    check_template,
+    dtype_for,
+    gguf_type,
+    special_tokens,
+    weights_of,
+    with_baseline,
+)
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelOrGgufRef, Op
 
 if TYPE_CHECKING:
@@ -100,6 +108,7 @@ class LmEval(Op):
         from hubforge.evals._quiet import quiet
         from hubforge.evals._tasks import check_names, check_scorers
 
+        check_template(self.apply_chat_template, ctx.inputs.get(str(self.on[0])), ctx.where)
         include = ctx.inputs.get(str(self.include)) if self.include is not None else None
         if self.include is not None and include is None:
             return
@@ -217,6 +226,12 @@ class LmEval(Op):
         model = load_model(artifact.path, device=ctx.device, dtype=dtype)
         max_length = min(self.max_length, context_of(model.config))
         tokenizer = load_tokenizer(artifact.path)
+        penalty = getattr(model.generation_config, "repetition_penalty", None)
+        if penalty not in (None, 1.0):
+            ctx.warn(
+                f"{self.on[0]}: its generation_config sets repetition_penalty {penalty}, which changes what it writes "
+                "here and is not in a GGUF"
+            )
         answers = self._answers(ctx, self.batch_size)
         lm = HfLM(model, tokenizer, batch_size=self.batch_size, max_length=max_length, answers=answers)
         yield (

@@ -15,7 +15,7 @@ from hubforge.evals._answers import Answers
 from hubforge.evals._compare import weighted_mean
 from hubforge.evals._prose import METRICS, measure, slop_list
 from hubforge.evals._results import write_lines
-from hubforge.evals._subjects import chat_or_not, render_chat, weights_of, with_baseline
+from hubforge.evals._subjects import chat_or_not, check_template, render_chat, weights_of, with_baseline
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelOrGgufRef, Op
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Style(Op):
 
     makes: ClassVar[Kind] = "metrics"
     exact: ClassVar[bool] = False
-    requires: ClassVar[tuple[str, ...]] = ("torch", "transformers", "datasets")
+    requires: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     extra: ClassVar[str] = "evals"
     each: ClassVar[str] = "on"
     unkeyed: ClassVar[tuple[str, ...]] = ("baseline", "batch_size")
@@ -90,6 +90,9 @@ class Style(Op):
 
     def known_metrics(self) -> set[str]:
         return set(METRICS)
+
+    def preflight(self, ctx: Context) -> None:
+        check_template(self.apply_chat_template, ctx.inputs.get(str(self.on[0])), ctx.where)
 
     def run(self, ctx: Context) -> Metrics:
         from hubforge.evals._quiet import quiet

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hubforge.evals._answers import FILE, Answers
 from hubforge.evals._compare import compare, intervals
 from hubforge.evals.lm_eval import LmEval
 from hubforge.events import Progress, Warned
+from hubforge.op import Context
 from tests.evals.conftest import SHARED, artifact
 
 IFEVAL = SHARED / "ifeval" / "input_data.jsonl"
@@ -217,8 +220,6 @@ def test_wrong_input(run_on, tiny_llama, tasks_folder, monkeypatch, fields, what
 
 
 def test_no_chat_template_though_asked(run_on, tiny_llama, tasks_folder, tmp_path):
-    import shutil
-
     plain = shutil.copytree(tiny_llama, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     with pytest.raises(StepError, match="'m' has no chat template, and `apply_chat_template` is true"):
@@ -251,6 +252,35 @@ def test_a_recipe_says_what_cannot_be():
         LmEval(on=["m", "m"], tasks=["ifeval"])
     with pytest.raises(ValueError, match="`data` goes with one task, and there are 2"):
         LmEval(on=["m"], tasks=["a", "b"], data="d")
+
+
+def test_preflight_finds_what_a_run_would(tiny_llama, tasks_folder, tmp_path, capfd, monkeypatch):
+    import lm_eval.tasks
+
+    from hubforge.evals import _tasks
+
+    some = lm_eval.tasks.TaskManager(
+        include_path=str(Path(lm_eval.tasks.__file__).parent / "ifeval"), include_defaults=False
+    )
+    monkeypatch.setattr(_tasks, "_own_tasks", lambda: some)  # all of them take seconds to read
+    plain = shutil.copytree(tiny_llama, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    given = {"m": artifact("m", tiny_llama), "tasks": artifact("tasks", tasks_folder)}
+
+    def check(fields: dict[str, Any], **inputs: Any) -> None:
+        op("writes", **fields).preflight(Context("evals.e/m", tmp_path, inputs))
+
+    check({}, **given)
+    check({"apply_chat_template": True}, **given)
+    check({})  # nothing is made yet
+    with pytest.raises(StepError, match="no chat template"):
+        check({"apply_chat_template": True}, **given | {"m": artifact("m", plain)})
+    with pytest.raises(StepError, match="come from them/tasks"):
+        check({}, **given | {"tasks": artifact("tasks", tasks_folder, origin={"repo": "them/tasks"})})
+    with pytest.raises(StepError, match="lm-eval knows no task 'ifevla'") as error:
+        LmEval(on=["m"], tasks=["ifevla"]).preflight(Context("evals.e/m", tmp_path, given))
+    assert "Did you mean 'ifeval'?" in error.value.mend
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_ifeval
