@@ -209,7 +209,7 @@ def check_gates(release: Release, plan: Plan) -> None:
     if failed:
         lines = [
             f"{placed.where}: the gate {gate.text!r} failed on {gate.on}: "
-            f"{gate.value:.4g} against {gate.threshold:.4g}, short by {abs(gate.margin):.2g}"
+            f"{gate.value:.4g} against {gate.threshold:.4g}, short by {abs(gate.margin):.3g}"
             for gate, placed in failed
         ]
         raise GateError("\n".join(lines), mend="Nothing was pushed. Change the recipe or the gate, and run again.")
