@@ -69,10 +69,13 @@ def base_of(lineage: Lineage, source: SourceRecord) -> SourceRecord | str | None
     stated = source.facts.get("base_model")
     if not isinstance(stated, str) or not stated:
         return None
-    for model in lineage.release.sources:
-        if model.kind == "model" and stated in (model.repo, model.path):
+    models = [model for model in lineage.release.sources if model.kind == "model"]
+    for model in models:
+        if stated in (model.repo, model.path):
             return model
-    return stated
+    # An adapter trained on this machine names a folder, of which only the last part is kept.
+    named = [model for model in models if model.path and stated == model.path.rstrip("/").rsplit("/", 1)[-1]]
+    return named[0] if len(named) == 1 else stated
 
 
 def first(facts: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hubforge.cards.components import source_link
 from hubforge.cards.lineage import Lineage
-from hubforge.cards.markdown import code, linkify, text
+from hubforge.cards.markdown import code, linkify, prose, text
 from hubforge.cards.numbers import big_count, count, share, short, size
 from hubforge.cards.results import show_field
 from hubforge.release import StepRecord
@@ -89,7 +89,7 @@ def step_facts(step: StepRecord) -> list[str]:
 
 def sentence(value: object) -> str:
     """The text with a capital first letter and a full stop; "" stays ""."""
-    line = text(value)
+    line = prose(value)
     if not line:
         return ""
     line = line[0].upper() + line[1:] if not line[:2].isupper() and line[0] != "`" else line

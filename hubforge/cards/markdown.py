@@ -47,7 +47,22 @@ def code(value: object) -> str:
     if "|" not in line and "`" not in line:
         return f"`{line}`"
     # A pipe ends a table cell even inside backticks, so such a value becomes HTML, every mark an entity.
-    return "<code>" + re.sub(r"[!-'()*<>\[-`{-~]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
+    return "<code>" + re.sub(r"[&<>|`*_\[\]\\~$]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
+
+
+def prose(value: object) -> str:
+    """The value as plain words, but for what stands between backticks, which stays code: docstrings are so written."""
+    pieces = re.split(r"(?<!`)`([^`]+)`(?!`)", one_line(value))
+    shown = []
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            shown.append(code(piece))
+            continue
+        # text() strips; a space at a seam has to stay.
+        before = " " if index and piece[:1].isspace() else ""
+        after = " " if index < len(pieces) - 1 and piece[-1:].isspace() and piece.strip() else ""
+        shown.append(before + text(piece) + after)
+    return "".join(shown).strip()
 
 
 def url(address: object) -> str:

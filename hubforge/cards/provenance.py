@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from hubforge.cards.lineage import Lineage
@@ -114,23 +114,21 @@ def recipe_commits(lineage: Lineage) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class Rebuild:
-    """What it takes to make the release again from its release file alone."""
+def commands(lineage: Lineage) -> dict[str, str]:
+    """`verify` and `reproduce`: the command lines of those verbs for this repository, at its tag.
 
-    recipe: str
-    lock: str
-    local: tuple[str, ...]  # sources that only the author has; Markdown
-
-
-def rebuild(lineage: Lineage) -> Rebuild | None:
-    """The names of the two files to write; None when the release holds no recipe or no lock."""
-    release = lineage.release
-    if not release.recipe or release.lock is None:
-        return None
-    local = tuple(code(source.name) for source in lineage.sources if not source.repo)
-    name = release.recipe_file.replace("\\", "/").rsplit("/", 1)[-1]
-    return Rebuild(name, name.rsplit(".", 1)[0] + ".lock.json", local)
+    A local source is only with its author: `reproduce` wants to be told where each lies, by its name.
+    """
+    target = lineage.target
+    where = shlex.quote(f"{target.repo}@{target.tag}" if target.tag else target.repo)
+    folder = f" --folder {shlex.quote(lineage.folder)}" if lineage.folder else ""
+    local = "".join(
+        f" --source {shlex.quote(f'{source.name}=PATH')}" for source in lineage.release.sources if not source.repo
+    )
+    return {
+        "verify": f"hubforge verify {where}{folder}",
+        "reproduce": f"hubforge reproduce {where}{folder} --into again{local}" if lineage.release.recipe else "",
+    }
 
 
 def web_address(remote: object) -> str:

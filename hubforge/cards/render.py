@@ -78,6 +78,7 @@ def _environment(templates: Path | None) -> ImmutableSandboxedEnvironment:
     environment.filters.update(
         text=markdown.text,
         code=markdown.code,
+        prose=markdown.prose,
         link=markdown.link,
         linkify=markdown.linkify,
         repo_link=markdown.repo_link,
@@ -214,7 +215,7 @@ def _context(lineage: Lineage, pictures: dict[str, str], siblings: Sequence[Rele
         "step_rows": provenance.step_rows(lineage),
         "versions": provenance.versions(lineage),
         "machine": provenance.one_machine(lineage),
-        "rebuild": provenance.rebuild(lineage),
+        "commands": provenance.commands(lineage),
         "recipe_commits": provenance.recipe_commits(lineage),
         "license": inherited_license(release, target.name),
         "license_inputs": bearing_licenses(release, target.name),

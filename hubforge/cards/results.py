@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hubforge.cards.lineage import Lineage
-from hubforge.cards.markdown import code, repo_link, text
+from hubforge.cards.markdown import code, prose, repo_link, text
 from hubforge.cards.numbers import count, decimals, fixed, short
 from hubforge.release import MetricRecord, StepRecord
 
@@ -203,7 +203,7 @@ def meanings_of(metrics: Sequence[MetricRecord]) -> tuple[tuple[str, str], ...]:
     """What each metric means and which way is better, as far as the release says; each metric once."""
     found: dict[str, str] = {}
     for metric in metrics:
-        words = [text(metric.meaning)] if metric.meaning else []
+        words = [prose(metric.meaning)] if metric.meaning else []
         if words and not words[0].endswith((".", "!", "?")):
             words[0] += "."
         if metric.higher_is_better is not None:

@@ -152,6 +152,20 @@ def test_a_mask_page_has_a_row_per_folder_in_order(rich_release: Release, siblin
     assert again == page
 
 
+def test_the_page_says_how_to_verify_and_to_make_it_again(rich_release: Release, sparse_release: Release) -> None:
+    (weights,) = (block for block in fences(readme(rich_release, "weights"), "sh") if "verify" in block)
+    assert weights.split("\n")[:2] == [
+        "hubforge verify me/lighthouse-e4b@v1.0",
+        # Every local source of the recipe has to be told, those of other targets too.
+        "hubforge reproduce me/lighthouse-e4b@v1.0 --into again --source dialogue=PATH",
+    ]
+    (masks,) = (block for block in fences(readme(rich_release, "masks"), "sh") if "verify" in block)
+    assert masks.startswith("hubforge verify me/gemma-4-masks --folder g4-e4b-it\n")
+    assert "--source dialogue=PATH" in masks
+    (sparse,) = fences(readme(sparse_release, "weights"), "sh")
+    assert sparse == "hubforge verify me/sparse\n"
+
+
 def test_quants_that_were_not_asked_for_do_not_appear(rich_release: Release) -> None:
     target = rich_release.targets[1].model_copy(update={"entries": ("quantize.gguf/Q6_K",), "files": ()})
     page = readme(rich_release.model_copy(update={"targets": (target,)}), "quants")
