@@ -1,8 +1,9 @@
 """Is the difference real? Intervals of a metric, and of its difference to a baseline, from the values per prompt.
 
 Plain Python: a card needs neither torch nor numpy. Values come from `samples.jsonl`, one line per prompt and sample:
-`{"task", "doc_id", "doc_hash", "sample", "metrics": {name: value}, "weights": {name: weight}}`. Two models are compared
-prompt by prompt, the k samples of a prompt averaged first: prompts are what varies independently, samples are not.
+{"task", "doc_id", "doc_hash", "sample", "metrics": {name: value}, "weights": {name: weight}, "numbers": [name]}, the
+last being the metrics that are no yes or no even where all of them happen to be 0 or 1. Two models are compared prompt
+by prompt, the k samples of a prompt averaged first: prompts are what varies independently, samples are not.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class _Point:
     value: float
     weight: float
     samples: int
+    is_number: bool = False  # not a yes or no
 
 
 def intervals(samples: Samples) -> dict[str, Interval]:
@@ -65,6 +67,7 @@ def intervals(samples: Samples) -> dict[str, Interval]:
             [point.value for point in values],
             weights=[point.weight for point in values],
             samples=max(point.samples for point in values),
+            is_number=any(point.is_number for point in values),
         )
     return found
 
@@ -86,22 +89,24 @@ def compare(samples: Samples, baseline: Samples) -> dict[str, Comparison]:
     return {metric: found[metric] for metric in ours if metric in found}
 
 
-def interval(values: Sequence[float], *, weights: Sequence[float] | None = None, samples: int = 1) -> Interval:
-    """The mean of the values with its 95 % interval.
+def interval(
+    values: Sequence[float], *, weights: Sequence[float] | None = None, samples: int = 1, is_number: bool = False
+) -> Interval:
+    """The mean of the values with its 95 % interval; without bounds where the values show no spread to tell one by.
 
-    0/1 values of equal weight: Wilson's score interval (Wilson 1927, J. Am. Stat. Assoc. 22). Otherwise Student's t
-    on the prompts, the mean weighted where weights differ (a ratio of sums; its error by linearisation, Cochran 1977,
-    Sampling Techniques, 6.3). Raises ValueError on no values.
+    0/1 values of equal weight that are no numbers: Wilson's score interval (Wilson 1927, J. Am. Stat. Assoc. 22).
+    Otherwise Student's t on the prompts, the mean weighted where weights differ (a ratio of sums; its error by
+    linearisation, Cochran 1977, Sampling Techniques, 6.3). Raises ValueError on no values.
     """
     if not values:
         raise ValueError("no values to take an interval of")
     weights = weights or [1.0] * len(values)
     n = len(values)
-    if _is_even(weights) and all(value in (0.0, 1.0) for value in values):
+    if not is_number and _is_even(weights) and all(value in (0.0, 1.0) for value in values):
         low, high = wilson(round(sum(values)), n)
         return Interval(sum(values) / n, low, high, n, samples, "Wilson score interval")
     mean, error = weighted_mean(values, weights)
-    if error is None:
+    if not error:
         return Interval(mean, None, None, n, samples, "")
     half = t_quantile(n - 1) * error
     return Interval(mean, mean - half, mean + half, n, samples, f"Student t over {n} prompts")
@@ -192,7 +197,8 @@ def _compare(metric: str, pairs: Sequence[tuple[_Point, _Point]]) -> Comparison:
     ours, theirs = [mine.value for mine, _ in pairs], [other.value for _, other in pairs]
     weights = [(mine.weight + other.weight) / 2 for mine, other in pairs]
     value, baseline = weighted_mean(ours, weights)[0], weighted_mean(theirs, weights)[0]
-    if _is_even(weights) and all(x in (0.0, 1.0) for x in (*ours, *theirs)):
+    is_number = any(point.is_number for pair in pairs for point in pair)
+    if not is_number and _is_even(weights) and all(x in (0.0, 1.0) for x in (*ours, *theirs)):
         both, gained = _count(pairs, 1, 1), _count(pairs, 1, 0)
         lost, neither = _count(pairs, 0, 1), _count(pairs, 0, 0)
         low, high = newcombe(both, gained, lost, neither)
@@ -202,8 +208,8 @@ def _compare(metric: str, pairs: Sequence[tuple[_Point, _Point]]) -> Comparison:
         method = f"Newcombe's interval for paired shares over {n} prompts; McNemar's mid-p = {p:.2g}"
         return Comparison(metric, value, baseline, value - baseline, low, high, n, significant, method)
     difference, error = weighted_mean([a - b for a, b in zip(ours, theirs, strict=True)], weights)
-    if error is None:
-        return Comparison(metric, value, baseline, difference, None, None, n, None, "")
+    if not error:  # one prompt, or the same difference on all: nothing to tell chance by
+        return Comparison(metric, value, baseline, difference, None, None, n, None if difference else False, "")
     half = t_quantile(n - 1) * error
     low, high = difference - half, difference + half
     method = f"Student t on the paired differences of {n} prompts"
@@ -221,17 +227,23 @@ def _is_even(weights: Sequence[float]) -> bool:
 def _by_prompt(samples: Samples) -> dict[str, dict[tuple[Any, ...], _Point]]:
     """For each metric, its point on each prompt."""
     values: dict[str, dict[tuple[Any, ...], list[tuple[float, float]]]] = {}
+    numbers: set[str] = set()
     for line in read_samples(samples):
+        numbers.update(line.get("numbers", ()))
         prompt = (line.get("task"), line["doc_id"], line.get("doc_hash"))
         for metric, value in line["metrics"].items():
             weight = line.get("weights", {}).get(metric, 1.0)
             values.setdefault(metric, {}).setdefault(prompt, []).append((float(value), float(weight)))
-    return {metric: {prompt: _point(got) for prompt, got in prompts.items()} for metric, prompts in values.items()}
+    return {
+        metric: {prompt: _point(got, metric in numbers) for prompt, got in prompts.items()}
+        for metric, prompts in values.items()
+    }
 
 
-def _point(got: Sequence[tuple[float, float]]) -> _Point:
+def _point(got: Sequence[tuple[float, float]], is_number: bool) -> _Point:
     k = len(got)
-    return _Point(math.fsum(value for value, _ in got) / k, math.fsum(weight for _, weight in got) / k, k)
+    value, weight = math.fsum(value for value, _ in got) / k, math.fsum(weight for _, weight in got) / k
+    return _Point(value, weight, k, is_number)
 
 
 def read_samples(samples: Samples) -> Sequence[Mapping[str, Any]]:

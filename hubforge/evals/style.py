@@ -124,6 +124,7 @@ class Style(Op):
                 "prompt": prompts[number],
                 "response": text,
                 "metrics": measure(text, table),
+                "numbers": list(METRICS),
             }
             for (number, sample), text in texts.items()
         ]

@@ -60,6 +60,12 @@ target_delimiter: ""
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """,
+    "all_of_it": """
+group: all_of_it
+task: [writes, chooses]
+aggregate_metric_list:
+  - {metric: acc, weight_by_size: true}
+""",
     "reads": """
 task: reads
 custom_dataset: !function scorer.documents

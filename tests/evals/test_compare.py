@@ -61,6 +61,8 @@ def test_a_single_prompt_has_a_value_and_no_interval() -> None:
     assert (got.value, got.low, got.high) == (0.3, None, None)
     only = compare(lines([0.3]), lines([0.1]))["m"]
     assert (only.low, only.high, only.significant) == (None, None, None)
+    same = compare(lines([0.3]), lines([0.3]))["m"]
+    assert same.significant is False
 
 
 def test_shares_take_wilsons_interval() -> None:
@@ -110,6 +112,16 @@ def test_shares_are_compared_by_what_changed() -> None:
     assert "McNemar's mid-p = 0.002" in got.method
     same = compare(lines(better), lines(better))["m"]
     assert (same.difference, same.significant) == (0.0, False)
+
+
+def test_rates_that_happen_to_be_zero_are_no_shares() -> None:
+    zeros = lines([0.0] * 10, numbers=["m"])
+    got, alone = compare(zeros, zeros)["m"], intervals(zeros)["m"]
+    assert (got.difference, got.low, got.high, got.significant) == (0.0, None, None, False)
+    assert (alone.value, alone.low, alone.high) == (0.0, None, None)
+    some = lines([0.0] * 9 + [1.0], numbers=["m"])
+    assert intervals(some)["m"].method == "Student t over 10 prompts"
+    assert "Student t" in compare(some, zeros)["m"].method
 
 
 def test_other_prompts_are_not_compared() -> None:

@@ -90,6 +90,15 @@ def test_standard_errors(run_on, tiny_llama, tasks_folder):
     assert around.value == pytest.approx(metrics["reads/bits_per_byte"]["value"], rel=1e-12)
 
 
+def test_a_group_has_metrics_of_its_own(run_on, tiny_llama, tasks_folder):
+    found, lines, _ = run_on(op("all_of_it"), m=tiny_llama, tasks=tasks_folder)
+    metrics = found["metrics"]
+    assert set(metrics) == {"all_of_it/acc", "writes/all", "writes/each", "chooses/acc"}
+    assert metrics["all_of_it/acc"]["value"] == metrics["chooses/acc"]["value"]
+    assert metrics["all_of_it/acc"]["stderr"] is None
+    assert len(lines) == 10
+
+
 def test_a_model_compared_with_itself_differs_in_nothing(run_on, tiny_llama, tiny_llama_other, tasks_folder):
     _, mine, _ = run_on(op("writes"), m=tiny_llama, tasks=tasks_folder)
     _, again, _ = run_on(op("writes"), m=tiny_llama, tasks=tasks_folder)
