@@ -49,6 +49,8 @@ class Slerp(TensorOp):
         return {"aa": float(a @ a), "ad": float(a @ d), "dd": float(d @ d)}
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+        if at.totals["dd"] == 0:
+            return w[self.model]
         kept, taken = shares(angle(**at.totals), self.t)
         if kept == 0:
             return w[self.to]  # An infinite bound times 0 would be NaN.

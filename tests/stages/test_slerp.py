@@ -73,6 +73,14 @@ def test_the_ends_are_the_models_bit_for_bit(t, tiny_llama, tiny_llama_other, co
     assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in expected)
 
 
+def test_a_model_with_itself_changes_no_bit(tiny_llama, context, run_op, tensors_of):
+    ctx = context(m=("model", tiny_llama), o=("model", tiny_llama))
+    metrics = run_op(Slerp(model="m", to="o", t=0.3), ctx)
+    expected, found = tensors_of(tiny_llama), tensors_of(ctx.out)
+    assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in expected)
+    assert metrics["gain"]["tensors"] == 0
+
+
 def test_a_merged_model_loads_and_lies_between(tiny_llama, tiny_llama_other, context, run_op, tensors_of):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,0 +1,62 @@
+"""`linear`: by hand, its laws, and against float64."""
+
+import pytest
+import torch
+
+from hubforge.errors import StepError
+from hubforge.op import Place
+from hubforge.stages.linear import Linear
+
+
+def mean(tensors, **fields):
+    w = {name: torch.tensor(values) for name, values in tensors.items()}
+    return Linear(models=list(tensors), **fields).tensor(w, Place("w"))
+
+
+def test_weighted_mean():
+    tensors = {"a": [1.0, 2.0], "b": [5.0, 0.0]}
+    assert mean(tensors).tolist() == [3.0, 1.0]
+    assert mean(tensors, weights=[3.0, 1.0]).tolist() == [2.0, 1.5]
+    assert mean(tensors, weights=[3.0, 1.0], normalize=False).tolist() == [8.0, 6.0]
+
+
+def test_agrees_with_float64_rounded_once(tiny_llama, tiny_llama_other, context, run_op, tensors_of):
+    ctx = context(a=("model", tiny_llama), b=("model", tiny_llama_other))
+    run_op(Linear(models=["a", "b"], weights=[1.0, 3.0]), ctx)
+    a, b, found = tensors_of(tiny_llama), tensors_of(tiny_llama_other), tensors_of(ctx.out)
+    assert found.keys() == a.keys()
+    for name in found:
+        # A quarter and three quarters of bfloat16 values are exact in float32 but for the last of their sum's bits.
+        expected = 0.25 * a[name].double() + 0.75 * b[name].double()
+        torch.testing.assert_close(found[name].double(), expected, rtol=2**-8, atol=0)
+        assert (found[name] == expected.bfloat16()).float().mean() > 0.999
+
+
+def test_a_weight_of_zero_leaves_the_other_bit_for_bit(tiny_llama, tiny_llama_other, context, run_op, tensors_of):
+    ctx = context(a=("model", tiny_llama), b=("model", tiny_llama_other))
+    run_op(Linear(models=["a", "b"], weights=[0.0, 2.0]), ctx)
+    expected, found = tensors_of(tiny_llama_other), tensors_of(ctx.out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tensor_that_one_lacks(checkpoint_folder, context, run_op, tensors_of):
+    one = checkpoint_folder("one", {"a": torch.zeros(2), "b": torch.ones(2)})
+    two = checkpoint_folder("two", {"a": torch.ones(2)})
+    ctx = context(m=("model", one), o=("model", two))
+    with pytest.raises(StepError, match="o has no tensor b, which m has"):
+        run_op(Linear(models=["m", "o"]), ctx)
+    run_op(Linear(models=["m", "o"], weights=[1.0, 3.0], missing="base"), ctx)
+    assert {name: t.tolist() for name, t in tensors_of(ctx.out).items()} == {"a": [0.75, 0.75], "b": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"models": ["a", "b"], "weights": [1.0]}, "weights has 1 entries for 2 models"),
+        ({"models": ["a", "b"], "weights": [1.0, -1.0]}, "whose sum is not 0"),
+        ({"models": ["a", "a"]}, "names one model twice"),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Linear(**fields)
