@@ -36,6 +36,8 @@ class GgufModel:
     eos_id: int | None
     adds_bos: bool
     """Whether the GGUF says that a prompt starts with `bos_id`."""
+    adds_space: bool
+    """Whether tokenizing puts a space before the text, as SentencePiece does."""
     chat_template: str | None
     """The GGUF's own Jinja text."""
     library: str
@@ -70,6 +72,7 @@ class GgufModel:
             self.close()
             raise
         self.vocab_size, self.bos_id, self.eos_id = facts["vocab_size"], facts["bos_id"], facts["eos_id"]
+        self.adds_space = facts["adds_space"]
         self.adds_bos, self.chat_template, self.library = facts["adds_bos"], facts["chat_template"], facts["library"]
 
     def __enter__(self) -> GgufModel:

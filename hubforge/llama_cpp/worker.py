@@ -36,6 +36,7 @@ class Session:
             "bos_id": backend.bos_id,
             "eos_id": backend.eos_id,
             "adds_bos": backend.adds_bos,
+            "adds_space": backend.adds_space,
             "chat_template": backend.chat_template,
             "library": backend.library,
         }
