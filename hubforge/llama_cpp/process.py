@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import IO, cast
 from hubforge.errors import StepError
 
 UNFINISHED = ".unfinished-"  # how the name of a file being written starts; a killed run leaves such a file
+_NEXT_TO_NOTHING = 256 << 10  # bytes; a block of a tensor that did not fit may have been larger than what is left
 _ENDS = re.compile(r"[\r\n]+")  # tqdm ends a line with a carriage return
 
 
@@ -95,7 +98,10 @@ def _follow(stream: IO[bytes], on_line: Callable[[str], None] | None) -> str:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to: it becomes `target` when all went well, and nothing is left when not."""
+    """A name beside `target` to write to: it becomes `target` when all went well, and nothing is left when not.
+
+    A tool that failed on a full disk raises OSError (ENOSPC) here, however it put it itself.
+    """
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=UNFINISHED, suffix=target.suffix)
     os.close(descriptor)
     unfinished = Path(name)
@@ -103,6 +109,10 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(0o644)  # mkstemp makes files that only their owner may read.
         unfinished.replace(target)
+    except StepError as error:
+        if shutil.disk_usage(target.parent).free < _NEXT_TO_NOTHING:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

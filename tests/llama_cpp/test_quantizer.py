@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,6 +111,16 @@ def test_a_crash_of_the_quantizer_is_an_error_with_the_signal(
     with pytest.raises(StepError, match=r"(?s)making Q8_0, ended with SIGABRT.*GGML_ASSERT\(no\) failed"):
         quantize(tiny_gguf["BF16"], out / "x.gguf", "Q8_0")
     assert list(out.iterdir()) == []
+
+
+def test_a_failure_on_a_full_disk_is_told_as_one(
+    tiny_gguf: dict[str, Path], tmp_path: Path, fake_cyllama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_cyllama.write_text("raise RuntimeError('iostream error')\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError) as caught:
+        quantize(tiny_gguf["BF16"], tmp_path / "x.gguf", "Q8_0")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_when_we_are_killed_the_quantizer_ends_too(
