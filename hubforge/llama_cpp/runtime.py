@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+_WORTH_THREADS = 100_000_000  # parameters
+
 
 class GgufModel:
     """A loaded GGUF. A context manager; `close()` ends its process.
 
-    path: a .gguf file. context: tokens that prompt and answer may take together. threads: default as `cpu_threads`.
+    path: a .gguf file. context: tokens that prompt and answer may take together. threads: default 1 for a model below
+    100 million parameters, else as `cpu_threads`.
     gpu: put all layers on the GPU, where the library can. seed: of generations that name none.
     library: "llama_cpp" or "cyllama"; default the first of them that is installed.
     Raises SourceError when the file is not a whole GGUF, StepError when llama.cpp cannot load it, fails or dies.
@@ -53,10 +56,14 @@ class GgufModel:
         seed: int = 0,
         library: str | None = None,
     ) -> None:
-        read_header(path)  # What is wrong with a file is said better here than by C++.
+        header = read_header(path)  # What is wrong with a file is said better here than by C++.
+        if threads is None:
+            # llama.cpp's threads meet after every operation: for a tiny model, on busy cores, that costs ten times more
+            # than it brings.
+            threads = 1 if header.parameters < _WORTH_THREADS else cpu_threads()
         self.path, self.context, self.seed = path, context, seed
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        settings = {"path": str(path), "context": context, "threads": threads or cpu_threads(), "gpu": gpu}
+        settings = {"path": str(path), "context": context, "threads": threads, "gpu": gpu}
         if library is not None:
             settings["library"] = library
         self._process = subprocess.Popen(
