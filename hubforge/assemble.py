@@ -84,6 +84,7 @@ def step_record(plan: Plan, step: Step) -> StepRecord:
         method_source=op.source,
         # As this recipe speaks of them: the manifest may be of another recipe with other names for the same keys.
         fields=dict(step.material["fields"]),
+        meanings={name: field.description for name, field in op.model_fields.items() if field.description},
         key=step.key,
         inputs=dict(step.node.inputs),
         metrics=manifest.metrics,
@@ -149,11 +150,18 @@ def measure(plan: Plan) -> Iterator[MetricRecord]:
         spread = statistics.intervals(samples)
         baseline = getattr(step.op, "baseline", None)
         against: dict[str, statistics.Comparison] = {}
+        theirs: dict[str, Any] = {}
         if baseline is not None and baseline != on:
             other = plan.steps[f"evals.{name}/{baseline}"]
-            against = statistics.compare(samples, plan.store.folder(other.key) / "samples.jsonl")
+            theirs = plan.store.manifest(other.key).metrics.get("metrics", {})
+            try:
+                against = statistics.compare(samples, plan.store.folder(other.key) / "samples.jsonl")
+            except ValueError as error:
+                raise StepError(f"{step.name} and its baseline: {error}", where=step.node.where) from error
         for metric, found in manifest.metrics.get("metrics", {}).items():
             around, compared = spread.get(metric), against.get(metric)
+            # A metric that is no mean over prompts (perplexity) has no interval, and still a baseline to gate on.
+            base = compared.baseline if compared else theirs.get(metric, {}).get("value")
             yield MetricRecord(
                 eval=name,
                 on=on,
@@ -167,8 +175,8 @@ def measure(plan: Plan) -> Iterator[MetricRecord]:
                 higher_is_better=found.get("higher_is_better"),
                 meaning=found.get("meaning", ""),
                 baseline=str(baseline) if baseline is not None else None,
-                baseline_value=compared.baseline if compared else None,
-                difference=compared.difference if compared else None,
+                baseline_value=base,
+                difference=compared.difference if compared else None if base is None else found["value"] - base,
                 difference_low=compared.low if compared else None,
                 difference_high=compared.high if compared else None,
                 significant=compared.significant if compared else None,

@@ -91,7 +91,7 @@ def _read(source: Source, path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    """architecture, model_type, dtype, parameters (from the safetensors headers)."""
+    """architecture, model_type, dtype, parameters (from the safetensors headers), whether it has a chat template."""
     from hubforge.tensors.reader import open_checkpoint
 
     config = _json(path / "config.json")
@@ -102,6 +102,9 @@ def _model(path: Path) -> dict[str, Any]:
     }
     with open_checkpoint(path) as checkpoint:
         facts["parameters"] = sum(checkpoint.info(name).elements for name in checkpoint)
+    tokenizer = _json(path / "tokenizer_config.json")
+    if tokenizer.get("chat_template") or list(path.glob("chat_template*")):
+        facts["chat_template"] = True
     return {key: value for key, value in facts.items() if value is not None}
 
 

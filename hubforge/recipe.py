@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from hubforge import catalog, marks
 from hubforge.errors import RecipeError, RecipeErrors
-from hubforge.evals._gates import Gate, known_metrics, parse_gate
+from hubforge.evals._gates import Gate, GateSyntaxError, known_metrics, parse_gate
 from hubforge.op import Kind, Op, Publisher, Ref, Section
 from hubforge.release import CardText
 from hubforge.sources import SourceSpec
@@ -353,8 +353,9 @@ class _Loader:
                 continue
             try:
                 gate = parse_gate(text)
-            except ValueError as error:
-                self.wrong(f"gates[{index}] cannot be read: {error}", "gates", index)
+            except GateSyntaxError as error:
+                what = f"gates[{index}] cannot be read: {error.what} (column {error.column})"
+                self.wrong(what, "gates", index, mend=error.mend)
                 continue
             if gate.eval not in evals:
                 if gate.eval not in self.broken:

@@ -1,0 +1,92 @@
+"""A Hub that fails on purpose: an ASGI wrapper around the embedded one, with a schedule of faults.
+
+Faults: a status (an answer in place of the real one, nothing done); "lost" (done, but the answer never arrives); "cut"
+(the answer stops half way); "deaf" (the connection breaks after half of the request's body was taken).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import uvicorn
+
+from hubforge.hub import HubSettings
+from hubforge.hub.app import make_app
+from hubforge.hub.server import _listen
+
+Fault = int | Literal["lost", "cut", "deaf"]
+Scope = MutableMapping[str, Any]
+
+
+@dataclass
+class FaultyHub:
+    """`faults(method, path)` says what goes wrong with a request, or None. `seen` lists them all."""
+
+    folder: Path
+    settings: HubSettings
+    faults: Callable[[str, str], Fault | None] = lambda method, path: None
+    headers: Mapping[str, str] = field(default_factory=dict)  # of answers that are a fault
+    seen: list[tuple[str, str, Fault | None]] = field(default_factory=list)
+    endpoint: str = ""
+
+    def __enter__(self) -> FaultyHub:
+        self._app = make_app(self.folder, self.settings, host="127.0.0.1")
+        config = uvicorn.Config(self._serve, log_level="critical", lifespan="off", ws="none", interface="asgi3")
+        self._server = uvicorn.Server(config)
+        listening = _listen("127.0.0.1", 0)
+        self.endpoint = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
+        method, path = scope["method"], scope["path"]
+        fault = self.faults(method, path)
+        self.seen.append((method, path, fault))
+        if fault is None:
+            await self._app(scope, receive, send)
+        elif isinstance(fault, int):
+            headers = {"content-type": "application/json", **self.headers}
+            pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": fault, "headers": pairs})
+            # Some servers and proxies show the request that failed, its headers included.
+            asked = {name.decode(): value.decode() for name, value in scope["headers"]}
+            await send({"type": "http.response.body", "body": json.dumps({"error": f"no luck: {asked}"}).encode()})
+        elif fault == "deaf":
+            await receive()
+            await _break_off(send)
+        elif fault == "lost":
+
+            async def nowhere(message: Any) -> None:
+                pass
+
+            await self._app(scope, receive, nowhere)
+            await _break_off(send)
+        else:
+            await self._app(scope, receive, _half(send))
+
+
+def _half(send: Any) -> Any:
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.body" and message.get("body"):
+            message = {**message, "body": message["body"][: len(message["body"]) // 2], "more_body": True}
+        await send(message)
+
+    return sending
+
+
+async def _break_off(send: Any) -> None:
+    """An answer that promises ten bytes and ends: the client meets a closed connection."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"10")]})
