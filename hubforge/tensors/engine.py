@@ -70,7 +70,9 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
     with ExitStack() as stack:
         inputs = open_inputs(op, ctx, stack)
         source = ctx.inputs[op.base_ref].path
-        _edit(op, check_side_files(source))  # What is wrong with the config must not wait for the end.
+        config = _edit(op, check_side_files(source))  # What is wrong with the config must not wait for the end.
+        if "auto_map" in config:
+            ctx.warn("config.json names code of its own (auto_map): it is not copied, so the output may not load")
         targets, layout = plan_targets(op, inputs, ctx)
         jobs = plan_jobs(op, targets)
         ctx.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hubforge.errors import SourceError, StepError, StoreError
-from hubforge.events import Progress
+from hubforge.events import Progress, Warned
 from hubforge.op import ModelRef, Place, TensorOp
 from hubforge.stages.apply import Apply
 from hubforge.tensors import engine
@@ -88,6 +88,42 @@ def test_same_bytes_for_any_threads_and_input_shards(op, small_blocks, checkpoin
         assert {name for name in seen[-1] if "safetensors" in name} == set(ctx.sha256)
     assert len(seen[0]) > 6
     assert seen[1:] == seen[:1] * 3
+
+
+def test_a_pickled_base_gives_the_bytes_of_a_safetensors_one(small_blocks, checkpoint_folder, context, run_op):
+    safe, pickled = checkpoint_folder("safe", TENSORS), checkpoint_folder("pickled", TENSORS)
+    (pickled / "model.safetensors").unlink()
+    torch.save(TENSORS, pickled / "pytorch_model.bin")
+    one, two = context("one", m=("model", safe)), context("two", m=("model", pickled))
+    run_op(Half(model="m"), one)
+    run_op(Half(model="m"), two)
+    assert digests(one.out) == digests(two.out)
+
+
+def test_code_that_the_config_names_is_warned_about(checkpoint_folder, context, run_op):
+    events = []
+    config = {"model_type": "toy", "auto_map": {"AutoModel": "modeling_toy.Toy"}}
+    ctx = context(m=("model", checkpoint_folder("m", TENSORS, config=config)), report=events.append)
+    run_op(Half(model="m"), ctx)
+    assert ["auto_map" in event.text for event in events if isinstance(event, Warned)] == [True]
+
+
+def test_memory_does_not_grow_with_the_model(small_blocks, checkpoint_folder, context, run_op, monkeypatch):
+    """No more rows are held at once than the threads' blocks: counted, since RSS of a test process says little."""
+    from hubforge.tensors.reader import Checkpoint
+
+    asked = []
+    read_bytes = Checkpoint.read_bytes
+
+    def counting(self, name, first, last):
+        data = read_bytes(self, name, first, last)
+        asked.append(data.numel())
+        return data
+
+    monkeypatch.setattr(Checkpoint, "read_bytes", counting)
+    big = {f"model.layers.{i}.up.weight": numbers(i, 64, 16).bfloat16() for i in range(30)}
+    run_op(Half(model="m"), context(m=("model", checkpoint_folder("m", big))))
+    assert len(asked) == 30 * 16 and max(asked) == 64 * 2
 
 
 def test_values_survive_blocks_shards_and_mixed_dtypes(small_blocks, checkpoint_folder, context, run_op, tensors_of):
