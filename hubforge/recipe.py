@@ -310,7 +310,7 @@ class _Loader:
         for name, node in linked.items():
             sorter.add(name, *(value for value in node.inputs.values() if value in linked))
         try:
-            order = list(sorter.static_order())
+            sorter.prepare()
         except CycleError as error:
             circle = list(reversed(error.args[1]))
             first = linked[circle[0]]
@@ -322,7 +322,18 @@ class _Loader:
                 )
             )
             return linked
-        return {name: linked[name] for name in order}
+        ordered: dict[str, Node] = {}
+
+        def visit(name: str) -> None:
+            """In the order of the recipe, so that evals come last, but each after its inputs."""
+            if name in linked and name not in ordered:
+                for needed in linked[name].inputs.values():
+                    visit(needed)
+                ordered[name] = linked[name]
+
+        for name in linked:
+            visit(name)
+        return ordered
 
     def read_targets(self) -> dict[str, Target]:
         targets: dict[str, Target] = {}
