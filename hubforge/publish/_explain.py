@@ -11,6 +11,7 @@ from hubforge.op import Hub
 from hubforge.publish._paths import shown
 
 E = TypeVar("E", bound=BaseException)
+TRANSIENT = frozenset({408, 500, 502, 503, 504})  # statuses that may be gone a moment later
 Trouble = Literal["answer", "unreachable", "dropped", "nonsense"]
 _SHOWN_SCOPE = "'Write access to contents/settings of all repos' for {namespace}"
 
@@ -35,6 +36,11 @@ class HubError(PublishError):
     ) -> None:
         super().__init__(what, where=where, mend=mend)
         self.status, self.trouble, self.wait = status, trouble, wait
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether what was asked may have been done all the same: no answer came, or only a gateway's."""
+        return self.trouble == "dropped" or self.status in TRANSIENT
 
 
 @contextmanager

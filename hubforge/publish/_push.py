@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Note, Report
@@ -13,7 +14,10 @@ from hubforge.publish._remote import Remote, RemoteFile, has_xet
 from hubforge.publish._retry import PATIENCE
 from hubforge.publish._sending import Meter, additions, changed, check_files
 
-_COMMITS = 4  # attempts at one commit, each planned afresh
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+_COMMITS = 6  # attempts at one commit, each planned afresh
 _ALONE = 64 << 20  # bytes from which a file is sent by a call of its own, where the client tells no progress
 
 
@@ -36,14 +40,16 @@ def push(upload: Upload, hub: Hub, report: Report, patience: float = PATIENCE) -
             if not found.changes_files:
                 commit = found.parent  # also: the commit whose answer was lost
                 break
+            operations, meter = _uploaded(found, upload, remote)
             try:
-                commit = _commit(found, upload, remote)
+                commit = remote.commit(operations, upload.message.strip() or f"Publish {upload.target}", found.parent)
+                meter.finish()
                 break
             except HubError as error:
-                if (error.status != 412 and error.trouble != "dropped") or attempt == _COMMITS:
+                if not (error.status == 412 or error.in_doubt) or attempt == _COMMITS:
                     raise
-                if error.trouble == "dropped" and (wait := remote.retry.wait_for(error, attempt - 1)) is not None:
-                    remote.retry.pause(error, wait)
+                if error.in_doubt:
+                    remote.retry.pause(error, attempt - 1)
                 found = _planned_again(found, upload, remote, known, error)
         if commit is None:
             raise PublishError("there is nothing to publish", where=step, mend="The upload holds no file.")
@@ -66,8 +72,10 @@ def push(upload: Upload, hub: Hub, report: Report, patience: float = PATIENCE) -
         }
 
 
-def _commit(found: PushPlan, upload: Upload, remote: Remote) -> str:
-    """The commit that does what the plan says, its content uploaded first."""
+def _uploaded(
+    found: PushPlan, upload: Upload, remote: Remote
+) -> tuple[list[CommitOperationAdd | CommitOperationDelete], Meter]:
+    """The operations of the commit that the plan asks for, with all large files uploaded; and what counted them."""
     from huggingface_hub import CommitOperationDelete
 
     by_path = {file.path: file for file in upload.files}
@@ -81,7 +89,7 @@ def _commit(found: PushPlan, upload: Upload, remote: Remote) -> str:
     # By LFS the client takes five files at a time and our reader counts the bytes. xet reads the files itself and
     # tells nobody, so there every large file is a call of its own, to have something to show between them.
     alone = [one for one in adding if xet and one.upload_info.size >= _ALONE]
-    together = [one for one in adding if one not in alone]
+    together = [one for one in adding if not xet or one.upload_info.size < _ALONE]
     for batch in ([together] if together else []) + [[one] for one in alone]:
         remote.preupload(batch)
         for one in batch:
@@ -96,11 +104,7 @@ def _commit(found: PushPlan, upload: Upload, remote: Remote) -> str:
                 raise changed(file)
             if one._upload_mode == "lfs":
                 meter.at(file.path, file.size, whole=True)
-    deleting = [CommitOperationDelete(file.path, is_folder=False) for file in found.deleted]
-    commit = remote.commit([*adding, *deleting], upload.message.strip() or f"Publish {upload.target}", found.parent)
-    for file in files:
-        meter.at(file.path, file.size, whole=True)
-    return commit
+    return [*adding, *(CommitOperationDelete(file.path, is_folder=False) for file in found.deleted)], meter
 
 
 def _text(card: UploadFile) -> str:

@@ -21,7 +21,7 @@ from hubforge import __version__
 from hubforge.errors import PublishError
 from hubforge.events import Report, Warned, silent
 from hubforge.op import Hub
-from hubforge.publish._explain import HubError, explained, scrubbed
+from hubforge.publish._explain import HubError, explain, explained, scrubbed
 from hubforge.publish._paths import shown
 from hubforge.publish._retry import PATIENCE, Retry
 
@@ -207,7 +207,7 @@ class Remote:
     ) -> str:
         """The commit that these operations made on top of `parent`.
 
-        HubError with status 412: the branch stands elsewhere; with trouble "dropped": it may have been made.
+        HubError with status 412: the branch stands elsewhere; `in_doubt`: it may have been made all the same.
         """
         info = self.call(
             "commit",
@@ -283,11 +283,8 @@ class Remote:
                             yield fresh
                 return
             except HubError as error:
-                wait = self.retry.wait_for(error, tries)
-                if wait is None or self.retry.waited + wait > self.retry.patience:
-                    raise
+                self.retry.pause(error, tries)
                 tries += 1
-                self.retry.pause(error, wait)
 
 
 def _messages(found: Any) -> list[str]:
@@ -313,7 +310,8 @@ class _ToReport(logging.Handler):
 def _client_settings(remote: Remote) -> Iterator[None]:
     """huggingface_hub set up for this Hub, and as it was before when this ends."""
     import httpx2
-    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub import constants, hf_raise_for_status, set_client_factory
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import _http as client_module
 
     bars = import_module("huggingface_hub.utils.tqdm")  # an import statement would find the class of that name
@@ -324,9 +322,28 @@ def _client_settings(remote: Remote) -> Iterator[None]:
         logger, handler = logging.getLogger("huggingface_hub"), _ToReport(remote)
         handlers, propagate = list(logger.handlers), logger.propagate
 
+        def heed(response: httpx2.Response) -> None:
+            """Stop the client from sleeping for longer than the user would: it waits as long as a 429 tells it."""
+            if response.status_code == 429:
+                response.read()
+                try:
+                    hf_raise_for_status(response)
+                except HfHubHTTPError as error:
+                    ours = explain(error, remote.hub, remote.repo, "go on")
+                    if ours.wait is not None and not remote.retry.has_patience_for(ours.wait):
+                        raise ours from error
+
+        def bound(request: httpx2.Request) -> None:
+            """Bound every silence. Not by the client's default: model_info and others ask for no limit by name."""
+            limits = httpx2.Timeout(_SILENCE, connect=_CONNECT, pool=None).as_dict()
+            asked = request.extensions.get("timeout") or {}
+            known = {name: seconds for name, seconds in asked.items() if seconds is not None}
+            request.extensions = {**request.extensions, "timeout": {**limits, **known}}
+
         def patient() -> httpx2.Client:
             client = factory()
-            client.timeout = httpx2.Timeout(_SILENCE, connect=_CONNECT)
+            hooks = client.event_hooks
+            client.event_hooks = {"request": [*hooks["request"], bound], "response": [*hooks["response"], heed]}
             return client
 
         def told(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,14 +1,15 @@
 """When a call to the Hub is tried again, and after how long.
 
-| what happened                         | rule                                                      |
-|---------------------------------------|-----------------------------------------------------------|
-| 429 that says when (RateLimit r=0, Retry-After) | wait as long as it says                         |
-| 429 that does not (commits per hour)  | wait 30, 60, 120, 240, 480 s, then 600 s at a time        |
-| 408, 500, 502, 503, 504               | wait 1, 2, 4, 8, 16 s, then give up                       |
-| nothing answers (connection refused)  | wait 1, 2 s, then give up: most often the address is wrong |
-| no answer came (timeout, reset)       | as for 500; a commit is first looked for on the branch    |
-| 412 on a commit                       | never resent: what to push is planned afresh              |
-| any other 4xx; an answer not understood | never                                                   |
+| what happened                                    | rule                                                       |
+|--------------------------------------------------|------------------------------------------------------------|
+| 429 that says when (RateLimit r=0, Retry-After)  | wait as long as it says                                    |
+| 429 that does not (commits per hour)             | wait 30, 60, 120, 240, 480 s, then 600 s at a time         |
+| 408, 500, 502, 503, 504                          | wait 1, 2, 4, 8, 16 s, then give up                        |
+| no answer came (timeout, reset)                  | the same                                                   |
+| either of the two above, on a commit             | the same, but look first: when the branch has it, it is done |
+| nothing answers (connection refused)             | wait 1, 2 s, then give up: most often the address is wrong |
+| 412 on a commit                                  | never resent: what to push is planned afresh               |
+| any other 4xx; an answer not understood          | never                                                      |
 
 All waiting of one push together stays below `patience` seconds, and each wait is reported before it begins.
 Calls that huggingface_hub retries by itself (`client_retries=True`) get no second helping of the short waits: it has
@@ -33,7 +34,6 @@ T = TypeVar("T")
 PATIENCE = 1800.0  # seconds; the commits-per-hour quota frees one commit every half minute on average
 _SHORT: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
 _QUOTA = (30.0, 60.0, 120.0, 240.0, 480.0)
-_TRANSIENT = frozenset({408, 500, 502, 503, 504})
 
 
 @dataclass
@@ -49,21 +49,18 @@ class Retry:
     def call(self, function: Callable[[], T], *, client_retries: bool = False, resend: bool = True) -> T:
         """What `function` returns, tried again by the table above.
 
-        resend=False: the call must not be sent twice unless it surely did nothing; a lost answer is the caller's to
-        look into.
+        resend=False: the call must not be sent twice unless it surely did nothing; when in doubt the error is raised,
+        and the caller looks at what is there.
         """
         tries = 0
         while True:
             try:
                 return function()
             except HubError as error:
-                if not resend and error.trouble == "dropped":
+                if not resend and error.in_doubt:
                     raise
-                wait = self.wait_for(error, tries, client_retries=client_retries)
-                if wait is None or self.waited + wait > self.patience:
-                    raise
+                self.pause(error, tries, client_retries=client_retries)
                 tries += 1
-                self.pause(error, wait)
 
     def wait_for(self, error: HubError, tries: int, *, client_retries: bool = False) -> float | None:
         """Seconds to wait after that many tries failed before this one; None: do not try again."""
@@ -73,14 +70,20 @@ class Retry:
             return _QUOTA[tries] if tries < len(_QUOTA) else 600.0
         if error.trouble == "unreachable":
             waits = _SHORT[:2]
-        elif error.trouble == "dropped" or error.status in _TRANSIENT:
+        elif error.in_doubt:
             waits = _SHORT
         else:
             return None
         return waits[tries] if tries < len(waits) and not client_retries else None
 
-    def pause(self, error: HubError, wait: float) -> None:
-        """Wait, after saying why."""
+    def pause(self, error: HubError, tries: int, *, client_retries: bool = False) -> None:
+        """Wait as `wait_for` says, after reporting why; raises the error when there is nothing to wait for."""
+        wait = self.wait_for(error, tries, client_retries=client_retries)
+        if wait is None or not self.has_patience_for(wait):
+            raise error
         self.report(Warned(self.step, f"{error.what}; trying again in {wait:.0f} s"))
         self.waited += wait
         self.sleep(wait)
+
+    def has_patience_for(self, wait: float) -> bool:
+        return self.waited + wait <= self.patience

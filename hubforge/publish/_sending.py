@@ -46,6 +46,11 @@ class Meter:
                 self._told = done
                 self.report(Progress(self.step, path, done, self.total, "B"))
 
+    def finish(self) -> None:
+        """Everything is there, be it sent or known to the Hub before."""
+        with self._lock:
+            self.report(Progress(self.step, "", self.total, self.total, "B"))
+
 
 class WatchedFile(io.BufferedReader):
     """A local file that tells a meter how far it was read, and refuses to be read to its end when it has changed.
