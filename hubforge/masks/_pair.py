@@ -1,0 +1,159 @@
+"""Two checkpoints of one architecture, matrix by matrix: their pairing, and what makes them no pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubforge.errors import SourceError, StepError
+from hubforge.tensors.dtypes import FLOATS
+from hubforge.tensors.names import Aliases
+from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 1 << 22  # elements of each model held at once, beside the difference
+_FORMS = {"BF16": (7, 8, 127), "F16": (10, 5, 15)}  # bits of the fraction and of the exponent, and its bias
+
+
+@dataclass(frozen=True)
+class Delta:
+    """instruct − pretrained of one matrix."""
+
+    values: Tensor  # float32, (out, in)
+    base: float  # ‖W_pretrained‖²
+    rounding: float  # energy to be expected of rounding alone, where the two models differ
+
+
+class Pair:
+    """The named matrices of one checkpoint beside those of another that may spell their prefixes otherwise."""
+
+    def __init__(self, one: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
+        """Raises SourceError, naming the tensor, when it is absent from `other`, has another shape, or is quantised."""
+        self.one, self.other = one, other
+        aliases = Aliases(other, str(other.path))
+        self._theirs: dict[str, str] = {}
+        for name in names:
+            match = aliases.find(name)
+            if match is None:
+                mend = "Both must be of one architecture and size."
+                raise SourceError(f"has no tensor {name}, which {one.path} has", where=str(other.path), mend=mend)
+            mine, theirs = one.info(name), other.info(match)
+            if mine.shape != theirs.shape:
+                mend = f"In {one.path} it is {list(mine.shape)}. Both must be of one architecture and size."
+                raise SourceError(f"{match} is of shape {list(theirs.shape)}", where=str(other.path), mend=mend)
+            for info in (mine, theirs):
+                if info.dtype not in FLOATS:
+                    what = f"{info.name} is quantised to {info.dtype}, which has no difference to speak of"
+                    raise SourceError(what, where=str(info.file), mend="Take the unquantised checkpoint.")
+                if len(info.shape) != 2:
+                    what = f"{info.name} is of shape {list(info.shape)}, not a matrix"
+                    raise StepError(what, mend="Leave it out with `targets`.")
+            self._theirs[name] = match
+
+    def shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self.one.info(name).shape
+        return rows, columns
+
+    def expect(self, name: str) -> None:
+        """Have it in memory soon."""
+        rows, _ = self.shape(name)
+        self.one.expect(name, 0, rows)
+        self.other.expect(self._theirs[name], 0, rows)
+
+    def delta(self, name: str) -> Delta:
+        import torch
+
+        rows, columns = self.shape(name)
+        values = torch.empty(rows, columns)
+        base = rounding = 0.0
+        step = max(1, _BLOCK // max(columns, 1))
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            mine = self.one.read_rows(name, first, last)
+            theirs = self.other.read_rows(self._theirs[name], first, last)
+            block = values[first:last]
+            floats = theirs.float()
+            block.copy_(mine).sub_(floats)
+            base += float(torch.linalg.vector_norm(floats)) ** 2
+            differ = block != 0
+            rounding += rounding_energy(mine, differ) + rounding_energy(theirs, differ)
+        return Delta(values, base, rounding)
+
+
+def rounding_energy(values: Tensor, where: Tensor) -> float:
+    """What storing these numbers in their own dtype cost, as a sum of squares: ulp²/12 each, were it random.
+
+    where: which of them count. 0 for float32, whose rounding is not worth counting.
+    """
+    import torch
+
+    from hubforge.tensors.dtypes import from_torch
+
+    form = _FORMS.get(from_torch(values.dtype))
+    if form is None:
+        return 0.0
+    fraction, exponent, bias = form
+    # The exponent alone says how large an ulp is, and there are at most 256 of them: count, then add up.
+    exponents = (values.contiguous().view(torch.int16) >> fraction).bitwise_and_((1 << exponent) - 1).to(torch.uint8)
+    counts = torch.bincount(exponents.mul_(where).view(-1), minlength=1 << exponent).double()
+    counts[0] = 0  # Zeros, and subnormals, whose rounding is smaller still.
+    sizes = torch.arange(1 << exponent, dtype=torch.float64) - bias - fraction
+    return float((counts * torch.exp2(2 * sizes)).sum()) / 12
+
+
+@contextmanager
+def opened(one: Path, other: Path) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    with open_checkpoint(one) as first, open_checkpoint(other) as second:
+        yield first, second
+
+
+def check_tokenizers(one: Path, other: Path) -> list[str]:
+    """SourceError when the two tokenizers give tokens different numbers; the added tokens that differ, as text.
+
+    Added tokens may: instruct models rename reserved ones for their chat turns. Without a tokenizer.json in both there
+    is nothing to compare.
+    """
+    found = [_vocabulary(folder) for folder in (one, other)]
+    if found[0] is None or found[1] is None:
+        return []
+    (mine, my_added), (theirs, their_added) = found[0], found[1]
+    differing = [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]
+    if differing:
+        token = min(differing, key=lambda token: (min(mine.get(token, 1 << 60), theirs.get(token, 1 << 60)), token))
+        what = (
+            f"another tokenizer than {one / 'tokenizer.json'}: {len(differing)} tokens differ, the first {token!r} "
+            f"({_number(mine.get(token))} there, {_number(theirs.get(token))} here)"
+        )
+        mend = "A difference of weights means something only between a model and the one it was trained from."
+        raise SourceError(what, where=str(other / "tokenizer.json"), mend=mend)
+    numbers = sorted(
+        number for number in my_added.keys() & their_added.keys() if my_added[number] != their_added[number]
+    )
+    return [f"{number}: {my_added[number]!r} and {their_added[number]!r}" for number in numbers]
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[int, str]] | None:
+    """Token -> id of the base vocabulary, and id -> token of the added ones; None without a tokenizer.json."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        content: Mapping[str, Any] = read_json(path, 1 << 30)
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: pairs of token and score, numbered in order.
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
+        # Some tokenizers list the added tokens in the vocabulary too; there they may differ.
+        names = set(added.values())
+        return {str(token): int(number) for token, number in vocabulary.items() if token not in names}, added
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(f"no vocabulary in it ({error!r})", where=str(path)) from error
+
+
+def _number(token_id: int | None) -> str:
+    return "absent" if token_id is None else f"number {token_id}"

@@ -1,0 +1,254 @@
+"""The directions in which an instruct model differs most from the pretrained model it was trained from."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field
+
+from hubforge.errors import StepError
+from hubforge.masks import _targets
+from hubforge.masks._files import TensorWriter, settle, write_json, write_tensors
+from hubforge.masks._pair import Pair, check_tokenizers, opened
+from hubforge.models import read_config
+from hubforge.op import Context, Kind, Metrics, ModelRef, Op
+from hubforge.rows import some
+from hubforge.tensors.layout import lay_out
+from hubforge.tensors.names import layer_of
+from hubforge.tensors.reader import open_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hubforge.masks._spectrum import Leading
+
+Facts = dict[str, Any]  # what is known of one matrix: JSON
+DONE = "computed.json"  # under ctx.out once every matrix is in the work folder
+
+
+class Subspace(Op):
+    """The leading singular vectors U, V and values S of W_instruct − W_pretrained, for each matrix of the decoder.
+
+    Two checkpoints are read from disk one matrix at a time; neither model is loaded. Solved exactly, in float64, and
+    each solution's residual is checked: randomized solvers return another subspace on the slowly decaying spectra of
+    such differences. float32 inside the file, since bfloat16 vectors would leak 2e-3 of what they should hold back.
+    """
+
+    makes: ClassVar[Kind] = "mask"
+    pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
+    exact: ClassVar[bool] = False  # LAPACK's last bits, and a vector's sign, depend on the processor.
+    requires: ClassVar[tuple[str, ...]] = ("torch", "scipy", "numpy")
+    extra: ClassVar[str] = "masks"
+    resumable: ClassVar[bool] = True
+    formula: ClassVar[str] = "W_instruct − W_pretrained ≈ U · diag(S) · Vᵀ, the k largest of S"
+    source: ClassVar[str] = "Eckart and Young 1936; Davis and Kahan 1970 for the bound on the angle"
+
+    instruct: ModelRef = Field(description="The model whose abilities the subspace is to hold.")
+    pretrained: ModelRef = Field(description="The model it was trained from: same shapes, same tokenizer.")
+    rank: int = Field(ge=1, description="k, directions kept per matrix, at most.")
+    energy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep per matrix only as many directions as hold this share of ‖Δ‖²; `rank` still is the limit.",
+    )
+    max_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Limit of k as a share of a matrix's smaller side, so that narrow ones, such as keys and values, "
+        "are not spanned whole.",
+    )
+    targets: Annotated[str, AfterValidator(_targets.pattern)] = Field(
+        _targets.LINEARS,
+        description="Regular expression searched for in the names of the instruct checkpoint's matrices. By default "
+        "the seven linears of each decoder layer; never dead key and value weights.",
+    )
+
+    def preflight(self, ctx: Context) -> None:
+        """Shapes and tokenizers, where both models are there already: only headers are read."""
+        if self.instruct in ctx.inputs and self.pretrained in ctx.inputs:
+            instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
+            check_tokenizers(instruct, pretrained)
+            with opened(instruct, pretrained) as (one, other):
+                Pair(one, other, self._select(ctx, {name: info.shape for name, info in one.tensors.items()}).names)
+
+    def run(self, ctx: Context) -> Metrics:
+        instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
+        if renamed := check_tokenizers(instruct, pretrained):
+            ctx.note(f"added tokens that differ: {some(renamed)}")
+        with opened(instruct, pretrained) as (one, other):
+            targets = self._select(ctx, {name: info.shape for name, info in one.tensors.items()})
+            pair = Pair(one, other, targets.names)
+            limits = {name: self._limit(pair.shape(name)) for name in targets.names}
+            capped = [name for name, limit in limits.items() if limit < self.rank]
+            if capped:
+                ctx.note(
+                    f"rank {self.rank} is limited in {len(capped)} matrices: to {limits[capped[0]]} in {capped[0]}"
+                )
+            facts = self._compute(ctx, pair, limits)
+        if not any(matrix["rank"] for matrix in facts.values()):
+            mend = "Name a pretrained model that the instruct model was trained from."
+            raise StepError("the two models do not differ in any matrix", where=ctx.where, mend=mend)
+        self._finish(ctx, facts, limits, targets.left_out)
+        vague = [name for name, matrix in facts.items() if matrix["angle_bound"] > 1e-3]
+        if vague:
+            ctx.note(
+                f"in {len(vague)} matrices, such as {vague[0]}, the spectrum has no gap at k: other directions "
+                "would do as well there; residual and captured energy hold"
+            )
+        return _metrics(self.rank, facts) | {"capped": len(capped), "angle_unknown": len(vague)}
+
+    def _select(self, ctx: Context, shapes: Mapping[str, tuple[int, ...]]) -> _targets.Targets:
+        return _targets.select(shapes, read_config(ctx.path(self.instruct)), self.targets, ctx.where)
+
+    def _limit(self, shape: tuple[int, int]) -> int:
+        return max(1, min(self.rank, math.floor(self.max_share * min(shape))))
+
+    def _compute(self, ctx: Context, pair: Pair, limits: Mapping[str, int]) -> dict[str, Facts]:
+        """Fill ctx.out/work with U, S and V of every matrix, padded with zeros to its limit; what is known of each."""
+        from hubforge.masks._spectrum import leading
+
+        if (ctx.out / DONE).is_file():
+            known: dict[str, Facts] = json.loads((ctx.out / DONE).read_text(encoding="utf-8"))
+            return known
+        rows, columns = zip(*(pair.shape(name) for name in limits), strict=True)
+        ctx.note(
+            f"subspace of {len(limits)} matrices, one at a time: at most {_memory(rows, columns) / 1e9:.2g} GB are "
+            f"held, {sum(4 * k * (sum(pair.shape(name)) + 1) for name, k in limits.items()) / 1e9:.3g} GB written"
+        )
+        tensors = [
+            (f"{name}.{part}", "F32", shape)
+            for name, k in limits.items()
+            for part, shape in _shapes(pair.shape(name), k).items()
+        ]
+        plan = json.dumps([self.energy, tensors, [str(pair.one.path), str(pair.other.path)]])
+        writer = TensorWriter(ctx.out / "work", lay_out(tensors, stem="subspace"), plan)
+        facts: dict[str, Facts] = {}
+        names = list(limits)
+        try:
+            for number, name in enumerate(names):
+                if number + 1 < len(names):
+                    pair.expect(names[number + 1])
+                if all(f"{name}.{part}" in writer.done for part in "USV"):
+                    facts[name] = writer.done[f"{name}.S"]
+                else:
+                    delta = pair.delta(name)
+                    try:
+                        found = leading(delta.values, limits[name], self.energy)
+                    except StepError as error:
+                        raise StepError(f"{name}: {error.what}", where=ctx.where, mend=error.mend) from error
+                    facts[name] = _facts(found, delta.base, delta.rounding)
+                    for part in "UVS":  # S last: with it come the facts.
+                        tensor = _padded(getattr(found, part), limits[name])
+                        writer.put(f"{name}.{part}", tensor, facts[name] if part == "S" else None)
+                ctx.progress(number + 1, len(names), "matrix", name)
+            digests = writer.complete()
+        except BaseException:
+            writer.close()
+            raise
+        ctx.sha256.update(digests)
+        write_json(ctx.out / DONE, facts)
+        return facts
+
+    def _finish(
+        self, ctx: Context, facts: Mapping[str, Facts], limits: Mapping[str, int], left_out: Mapping[str, int]
+    ) -> None:
+        """Bring the files of the work folder to their place: as they are, or cut to the ranks that were found."""
+        work = ctx.out / "work"
+        described = ctx.out / "subspace.json"
+        if not described.is_file():
+            if all(facts[name]["rank"] == limit for name, limit in limits.items()):
+                if work.is_dir():
+                    settle(work, ctx.out)
+            else:
+                _cut(ctx, facts)
+            write_json(described, self._description(facts, left_out))
+        shutil.rmtree(work, ignore_errors=True)
+        (ctx.out / DONE).unlink(missing_ok=True)
+
+    def _description(self, facts: Mapping[str, Facts], left_out: Mapping[str, int]) -> dict[str, Any]:
+        total = sum(matrix["norm"] ** 2 for matrix in facts.values())
+        return {
+            "rank": self.rank,
+            "energy": self.energy,
+            "max_share": self.max_share,
+            "matrices": {
+                name: {**matrix, "energy_share": matrix["norm"] ** 2 / total}
+                for name, matrix in facts.items()
+                if matrix["rank"]
+            },
+            "unchanged": [name for name, matrix in facts.items() if not matrix["rank"]],
+            "left_out": dict(left_out),
+        }
+
+
+def _shapes(shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
+    return {"U": (shape[0], rank), "S": (rank,), "V": (shape[1], rank)}
+
+
+def _memory(rows: tuple[int, ...], columns: tuple[int, ...]) -> int:
+    """Bytes: the difference in float32, and its Gram matrix in float64 three times (LAPACK works on copies)."""
+    return max(4 * out * into + 3 * 8 * min(out, into) ** 2 for out, into in zip(rows, columns, strict=True))
+
+
+def _padded(tensor: Tensor, rank: int) -> Tensor:
+    from torch.nn.functional import pad
+
+    return pad(tensor, (0, rank - tensor.shape[-1]))
+
+
+def _facts(found: Leading, base: float, rounding: float) -> Facts:
+    return {
+        "rank": found.rank,
+        "shape": [len(found.U), len(found.V)],
+        "energy_captured": found.captured,
+        "norm": math.sqrt(found.energy),  # ‖Δ‖, Frobenius
+        "relative": math.sqrt(found.energy / base) if base else None,  # ‖Δ‖ / ‖W_pretrained‖
+        # How much of ‖Δ‖² to expect from rounding the two checkpoints alone: near 1, the difference is mostly noise.
+        "rounding_share": rounding / found.energy if found.energy else 0.0,
+        "residual": found.residual,
+        "angle_bound": found.angle_bound,
+    }
+
+
+def _cut(ctx: Context, facts: Mapping[str, Facts]) -> None:
+    """Write the tensors of the work folder to ctx.out without their padding, unchanged matrices left out."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, matrix in facts.items():
+        if rank := matrix["rank"]:
+            for part, shape in _shapes(tuple(matrix["shape"]), rank).items():
+                shapes[f"{name}.{part}"] = ("F32", shape)
+    ctx.sha256.clear()
+    with open_checkpoint(ctx.out / "work") as computed:
+        ctx.sha256.update(
+            write_tensors(ctx.out, "subspace", shapes, lambda name: computed.read(name)[..., : shapes[name][1][-1]])
+        )
+
+
+def _metrics(rank: int, facts: Mapping[str, Facts]) -> Metrics:
+    by_layer: dict[int, list[float]] = {}
+    changed = {name: matrix for name, matrix in facts.items() if matrix["rank"]}
+    for name, matrix in changed.items():
+        layer = layer_of(name)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(matrix["energy_captured"])
+    total = sum(matrix["norm"] ** 2 for matrix in changed.values())
+    return {
+        "rank": rank,
+        "matrices": len(changed),
+        "unchanged": len(facts) - len(changed),
+        "energy_captured": _spread([matrix["energy_captured"] for matrix in changed.values()]),
+        "energy_captured_overall": sum(m["norm"] ** 2 * m["energy_captured"] for m in changed.values()) / total,
+        "rounding_share": sum(m["norm"] ** 2 * m["rounding_share"] for m in changed.values()) / total,
+        "residual": max(matrix["residual"] for matrix in changed.values()),
+        "layers": [{"layer": layer, "energy_captured": _spread(by_layer[layer])} for layer in sorted(by_layer)],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
