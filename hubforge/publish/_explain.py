@@ -55,6 +55,7 @@ def explained(hub: Hub, repo: str, doing: str) -> Iterator[None]:
     except HubforgeError:
         raise
     except Exception as error:
+        _scrub_chain(error, hub)
         ours = _first(error, HubforgeError)
         if ours is not None:  # raised by our file reader inside the client, which wraps it in its own error
             raise ours from error
@@ -64,6 +65,13 @@ def explained(hub: Hub, repo: str, doing: str) -> Iterator[None]:
 def scrubbed(text: str, hub: Hub) -> str:
     """That text without the token, should a server or proxy have echoed it."""
     return text.replace(hub.token, "***") if hub.token else text
+
+
+def _scrub_chain(error: BaseException | None, hub: Hub) -> None:
+    """Take the token out of the messages of an exception and its causes, which a traceback would print."""
+    while error is not None:
+        error.args = tuple(scrubbed(one, hub) if isinstance(one, str) else one for one in error.args)
+        error = error.__cause__ or error.__context__
 
 
 def explain(error: BaseException, hub: Hub, repo: str, doing: str) -> HubError:

@@ -1,0 +1,134 @@
+"""Local files on their way: read once, checked while they pass, and never whole when they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils._lfs import SliceFileObj
+
+from hubforge.errors import PublishError
+from hubforge.events import Event, Progress, silent
+from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publish._sending import Meter, WatchedFile, check_files, git_oid
+from hubforge.publish.hub import push
+from tests.fixtures_publish import MakeUpload, digest
+
+DATA = bytes(range(256)) * 20
+
+
+def file_of(tmp_path: Path, data: bytes = DATA, listed: bytes = DATA) -> UploadFile:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(data)
+    return UploadFile("weights.bin", path, len(listed), digest(listed))
+
+
+def opened(file: UploadFile) -> WatchedFile:
+    assert isinstance(file.content, Path)
+    return WatchedFile(file, file.content)
+
+
+def test_reading_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path)) as reader:
+        assert b"".join(iter(lambda: reader.read(1000), b"")) == DATA
+    with opened(file_of(tmp_path)) as reader:
+        assert reader.read() == DATA
+
+
+@pytest.mark.parametrize("place", [0, 2000, len(DATA) - 1])
+def test_the_last_byte_of_a_changed_file_is_never_given(tmp_path: Path, place: int) -> None:
+    changed = DATA[:place] + bytes([DATA[place] ^ 1]) + DATA[place + 1 :]
+    given = b""
+    with opened(file_of(tmp_path, changed)) as reader, pytest.raises(PublishError, match=r"weights\.bin is not what"):
+        while part := reader.read(1000):
+            given += part
+    assert len(given) == 5000  # of 5,120
+
+
+def test_a_file_that_grew_is_refused(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path, DATA + b"more")) as reader, pytest.raises(PublishError):
+        reader.read()
+
+
+def test_a_retry_from_the_front_and_reading_in_slices_are_checked_too(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path)) as reader:
+        reader.read(3000)
+        reader.seek(0)
+        assert reader.read(4000) + reader.read() == DATA
+    changed = DATA[:-1] + b"x"
+    with opened(file_of(tmp_path, changed)) as reader:
+        for start in (0, 2048):
+            with SliceFileObj(reader, start, 2048) as part:
+                assert part.read(5000) == changed[start : start + 2048]
+        with SliceFileObj(reader, 4096, 2048) as part, pytest.raises(PublishError):
+            part.read(5000)
+
+
+def test_the_git_oid_is_that_of_git(tmp_path: Path) -> None:
+    # `printf hello | git hash-object --stdin`
+    assert git_oid(UploadFile("a", b"hello", 5, digest(b"hello"))) == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
+    with pytest.raises(PublishError, match="is not what was made"):
+        git_oid(file_of(tmp_path, b"other", b"hello"))
+
+
+def test_the_meter_adds_up_threads_and_goes_back_on_a_retry() -> None:
+    heard: list[Event] = []
+    meter = Meter(4 << 20, heard.append, "publish.weights")
+    meter.at("a", 1 << 20)
+    meter.at("b", 2 << 20)
+    meter.at("b", 0)
+    meter.at("b", 3 << 20)
+    assert [event.done for event in heard if isinstance(event, Progress)] == [size << 20 for size in (1, 3, 1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ([UploadFile("a", b"1", 1, digest(b"2"))], "a is not what was made"),
+        ([UploadFile("a", b"1", 2, digest(b"1"))], "a is not what was made"),
+        ([UploadFile("a", Path("/nowhere/a"), 1, digest(b"1"))], "a cannot be read: No such file"),
+        ([UploadFile("a", Path("/"), 4096, digest(b"1"))], "a is not what was made"),
+        ([UploadFile("a", b"1", 1, digest(b"1"))] * 2, "a is in the upload twice"),
+    ],
+)
+def test_what_cannot_be_published_is_found_before_anything_is_asked(files: list[UploadFile], fault: str) -> None:
+    with pytest.raises(PublishError, match=fault):
+        check_files(Upload("weights", "me/model", tuple(files), "m"))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first push", "unchanged"])
+def test_a_large_file_is_read_once_to_be_sent_and_never_to_be_hashed(
+    hub: Hub, make_upload: MakeUpload, monkeypatch: pytest.MonkeyPatch, lfs_transport: None, again: bool
+) -> None:
+    """Bytes read from the weights, by anybody in this process, through Python's file objects."""
+    upload = make_upload({"model.safetensors": b"w" * 1_000_000})
+    if again:
+        push(upload, hub, silent)
+    read = 0
+    real = io.FileIO
+
+    class Counting(real):
+        def readinto(self, buffer: object) -> int | None:  # type: ignore[override]
+            nonlocal read
+            count = super().readinto(buffer)  # type: ignore[arg-type]
+            read += count or 0
+            return count
+
+    import builtins
+
+    opening = builtins.open
+
+    def counting_open(path: object, mode: str = "r", *rest: object, **named: object) -> object:
+        if mode == "rb" and str(path).endswith("model.safetensors") and "made" in str(path):
+            return io.BufferedReader(Counting(str(path)))
+        return opening(path, mode, *rest, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "FileIO", Counting)
+    monkeypatch.setattr(builtins, "open", counting_open)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    push(upload, hub, silent)
+    # A first push sends it once, and the client looks at its first 512 bytes, for which a buffer of up to 1 MiB fills.
+    size = 1_000_000
+    assert read == 0 if again else size <= read <= size + (1 << 18)
