@@ -114,3 +114,12 @@ class States:
 
     def _others(self, number: int) -> Iterable[Path]:
         return [path for path in self._folder.iterdir() if path.name != str(number)]
+
+
+def size(count: float, unit: str = "B") -> str:
+    """Three figures of a large number: "7.78 GB", or with unit "" "7.94 G"."""
+    for prefix in ("", "k", "M", "G"):
+        if count < 1000 or prefix == "G":
+            break
+        count /= 1000
+    return f"{count:.3g} {prefix}{unit}".rstrip()

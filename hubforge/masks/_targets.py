@@ -38,12 +38,16 @@ def pattern(targets: str) -> str:
     return targets
 
 
-def select(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], targets: str, where: str = "") -> Targets:
+def select(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], targets: str | None = None, where: str = ""
+) -> Targets:
     """The tensors of two or more dimensions whose name holds `targets`, less the dead ones.
 
-    shapes: of every tensor in the checkpoint. config: its config.json. Raises StepError when nothing is left.
+    shapes: of every tensor in the checkpoint. config: its config.json. targets: None for the seven linears.
+    Raises StepError when nothing is left.
     """
     matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    targets = targets or LINEARS
     wanted = re.compile(targets)
     names = [name for name in matrices if wanted.search(name) and not is_dead(name, config)]
     if not names:

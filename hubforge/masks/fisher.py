@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from hubforge.errors import StepError
 from hubforge.masks import _targets
-from hubforge.masks._files import States, write_json, write_tensors
+from hubforge.masks._files import States, size, write_json, write_tensors
 from hubforge.models import load_model, load_tokenizer, read_config, rows, texts
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelRef, Op
 from hubforge.rows import some
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 SAVE_EVERY = 60.0  # seconds between saved states, or more, so that
 SAVE_SHARE = 0.05  # saving takes no more than this share of the time
-GB = 1e9
 _TOWER = re.compile(r"(?:^|\.)(?:vision|audio|image|embed_vision|embed_audio|multi_modal)(?:_|\.)")
 
 
@@ -78,8 +77,8 @@ class Fisher(Op):
         description="Loss of a sample: the mean over its tokens, under which long samples count less, or their sum, "
         "the log-likelihood of the sample.",
     )
-    targets: Annotated[str, AfterValidator(_targets.pattern)] = Field(
-        _targets.LINEARS,
+    targets: Annotated[str, AfterValidator(_targets.pattern)] | None = Field(
+        None,
         description="Regular expression searched for in the names of the checkpoint's matrices. By default the seven "
         "linears of each decoder layer; never the dead key and value weights of layers that share an earlier layer's.",
     )
@@ -184,13 +183,13 @@ class Fisher(Op):
             device = "cpu"
         needed = sums + (weights + 2 * largest if device == ctx.device else 0)
         ctx.note(
-            f"Fisher of {len(targets.names)} tensors, {covered / GB:.3g} B weights: {weights / GB:.3g} GB of "
-            f"weights on {ctx.device}, {sums / GB:.3g} GB of float32 sums on {device}, {2 * covered / GB:.3g} GB to be "
-            "written; activations of one sample come on top"
+            f"Fisher of {len(targets.names)} tensors, {size(covered, '')} weights: {size(weights)} of weights on "
+            f"{ctx.device}, {size(sums)} of float32 sums on {device}, {size(2 * covered)} to be written; activations of "
+            "one sample come on top"
         )
         free = _free(device)
         if needed > free:
-            what = f"{needed / GB:.3g} GB are needed on {device}, and {free / GB:.3g} GB are free"
+            what = f"{size(needed)} are needed on {device}, and {size(free)} are free"
             raise StepError(what, where=ctx.where, mend="Cover fewer layers with `targets`, or take a larger machine.")
         return device
 

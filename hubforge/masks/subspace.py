@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 from hubforge.errors import StepError
 from hubforge.masks import _targets
-from hubforge.masks._files import TensorWriter, settle, write_json, write_tensors
+from hubforge.masks._files import TensorWriter, settle, size, write_json, write_tensors
 from hubforge.masks._pair import Pair, check_tokenizers, opened
 from hubforge.models import read_config
 from hubforge.op import Context, Kind, Metrics, ModelRef, Op
@@ -63,8 +63,8 @@ class Subspace(Op):
         description="Limit of k as a share of a matrix's smaller side, so that narrow ones, such as keys and values, "
         "are not spanned whole.",
     )
-    targets: Annotated[str, AfterValidator(_targets.pattern)] = Field(
-        _targets.LINEARS,
+    targets: Annotated[str, AfterValidator(_targets.pattern)] | None = Field(
+        None,
         description="Regular expression searched for in the names of the instruct checkpoint's matrices. By default "
         "the seven linears of each decoder layer; never dead key and value weights.",
     )
@@ -117,9 +117,10 @@ class Subspace(Op):
             known: dict[str, Facts] = json.loads((ctx.out / DONE).read_text(encoding="utf-8"))
             return known
         rows, columns = zip(*(pair.shape(name) for name in limits), strict=True)
+        written = sum(4 * k * (sum(pair.shape(name)) + 1) for name, k in limits.items())
         ctx.note(
-            f"subspace of {len(limits)} matrices, one at a time: at most {_memory(rows, columns) / 1e9:.2g} GB are "
-            f"held, {sum(4 * k * (sum(pair.shape(name)) + 1) for name, k in limits.items()) / 1e9:.3g} GB written"
+            f"subspace of {len(limits)} matrices, one at a time: at most {size(_memory(rows, columns))} are held, "
+            f"{size(written)} written"
         )
         tensors = [
             (f"{name}.{part}", "F32", shape)

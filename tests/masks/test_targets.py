@@ -8,7 +8,7 @@ import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from hubforge.errors import StepError
-from hubforge.masks._targets import LINEARS, grouped, select
+from hubforge.masks._targets import grouped, select
 
 Shapes = dict[str, tuple[int, ...]]
 E4B = {
@@ -50,7 +50,7 @@ def shapes_of(sizes: dict[str, Any]) -> Shapes:
 @pytest.mark.parametrize(("sizes", "matrices", "gigabytes"), [(E4B, 258, 7.78), (B31, 410, 58.57)], ids=["E4B", "31B"])
 def test_gemma_4_has_as_many_targets_as_published(sizes: dict[str, Any], matrices: int, gigabytes: float) -> None:
     shapes = shapes_of(sizes)
-    targets = select(shapes, sizes, LINEARS)
+    targets = select(shapes, sizes)
     assert len(targets.names) == matrices
     # A Fisher in bfloat16: two bytes for each weight.
     assert sum(2 * math.prod(shapes[name]) for name in targets.names) / 1e9 == pytest.approx(gigabytes, abs=0.005)
@@ -63,7 +63,7 @@ def test_dead_keys_and_values_are_left_out_and_listed(prefix: str) -> None:
     for layer in range(24, 42):
         for kind in "kv":
             shapes[f"{prefix}layers.{layer}.self_attn.{kind}_proj.weight"] = (512, 2560)
-    targets = select(shapes, {"text_config": E4B}, LINEARS)
+    targets = select(shapes, {"text_config": E4B})
     assert len(targets.names) == 258
     assert targets.left_out[f"{prefix}layers.*.self_attn.k_proj.weight"] == 18
     assert targets.left_out[f"{prefix}layers.*.per_layer_input_gate.weight"] == 42
@@ -80,13 +80,13 @@ def test_towers_experts_and_heads_are_not_linears_of_a_layer() -> None:
         "model.language_model.layers.0.input_layernorm.weight": (8,),
         "lm_head.weight": (9, 8),
     }
-    assert select(shapes, {}, LINEARS).names == ("model.language_model.layers.0.mlp.up_proj.weight",)
+    assert select(shapes, {}).names == ("model.language_model.layers.0.mlp.up_proj.weight",)
     assert select(shapes, {}, "experts").names == ("model.language_model.layers.0.experts.gate_up_proj",)
 
 
 def test_layers_come_in_the_order_of_their_numbers() -> None:
     shapes: Shapes = {f"model.layers.{n}.mlp.up_proj.weight": (2, 2) for n in (10, 9, 2)}
-    assert [name.split(".")[2] for name in select(shapes, {}, LINEARS).names] == ["2", "9", "10"]
+    assert [name.split(".")[2] for name in select(shapes, {}).names] == ["2", "9", "10"]
 
 
 def test_names_that_differ_by_numbers_are_counted_together() -> None:
