@@ -52,6 +52,46 @@ class Meter:
             self.report(Progress(self.step, "", self.total, self.total, "B"))
 
 
+class _WatchedBytes(io.FileIO):
+    """The raw file below a WatchedFile. Working here and not on what the client asks for (64 KiB at a time) means that
+    five sending threads meet at the interpreter's lock sixteen times less often."""
+
+    def __init__(self, file: UploadFile, path: Path, meter: Meter | None) -> None:
+        super().__init__(path)
+        self._file, self._meter = file, meter
+        self._sha256, self._hashed = hashlib.sha256(), 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        at = self.tell()
+        try:
+            count = super().readinto(buffer)
+        except OSError as error:
+            raise unreadable(self._file, error) from error
+        if count:
+            self._passed(at, memoryview(buffer).cast("B")[:count])
+        return count
+
+    def readall(self) -> bytes:
+        at = self.tell()
+        try:
+            data = super().readall() or b""
+        except OSError as error:
+            raise unreadable(self._file, error) from error
+        self._passed(at, memoryview(data))
+        return data
+
+    def _passed(self, at: int, data: memoryview) -> None:
+        """Hash what passes for the first time; raise before the end is given out when it is not what was made."""
+        end = at + len(data)
+        if at <= self._hashed < end:
+            self._sha256.update(data[self._hashed - at :])
+            self._hashed = end
+            if end > self._file.size or (end == self._file.size and self._sha256.hexdigest() != self._file.sha256):
+                raise changed(self._file)
+        if self._meter is not None:
+            self._meter.at(self._file.path, end)
+
+
 class WatchedFile(io.BufferedReader):
     """A local file that tells a meter how far it was read, and refuses to be read to its end when it has changed.
 
@@ -61,31 +101,10 @@ class WatchedFile(io.BufferedReader):
 
     def __init__(self, file: UploadFile, path: Path, meter: Meter | None = None) -> None:
         try:
-            super().__init__(io.FileIO(path))
+            raw = _WatchedBytes(file, path, meter)
         except OSError as error:
             raise unreadable(file, error) from error
-        self._file, self._meter = file, meter
-        self._sha256, self._hashed = hashlib.sha256(), 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        at = self.tell()
-        try:
-            data = super().read(-1 if size is None else size)
-        except OSError as error:
-            raise unreadable(self._file, error) from error
-        end = at + len(data)
-        if at <= self._hashed < end:
-            self._sha256.update(memoryview(data)[self._hashed - at :])
-            self._hashed = end
-            if end >= self._file.size:
-                self._check()
-        if self._meter is not None and data:
-            self._meter.at(self._file.path, end)
-        return data
-
-    def _check(self) -> None:
-        if self._hashed != self._file.size or self._sha256.hexdigest() != self._file.sha256:
-            raise changed(self._file)
+        super().__init__(raw, _BLOCK)
 
 
 def changed(file: UploadFile) -> PublishError:
