@@ -11,6 +11,6 @@ with LocalHub(folder) as hub:
 from __future__ import annotations
 
 from hubforge.hub.server import LocalHub, ensure_running, serve, stop_running
-from hubforge.hub.settings import HubSettings, Token
+from hubforge.hub.settings import HubSettings, Quota, Token
 
-__all__ = ["HubSettings", "LocalHub", "Token", "ensure_running", "serve", "stop_running"]
+__all__ = ["HubSettings", "LocalHub", "Quota", "Token", "ensure_running", "serve", "stop_running"]

@@ -20,6 +20,7 @@ from hubforge.hub.settings import HubSettings, is_loopback
 from hubforge.hub.storage.shelf import Shelf
 from hubforge.hub.wire import commits, files, lfs, refs, repos, talk
 from hubforge.hub.wire.access import Signer
+from hubforge.hub.wire.quotas import Quotas, asker_of
 from hubforge.hub.wire.request import gone, lost, refused, request_id
 
 # `refs/pr/1` may also come unquoted, as people write it; routes know it as one segment.
@@ -51,7 +52,8 @@ def make_app(folder: Path, settings: HubSettings, *, host: str) -> ASGIApp:
         exception_handlers={Refusal: refused, ClientDisconnect: gone, FileNotFoundError: lost},
     )
     app.state.shelf, app.state.settings, app.state.signer = shelf, settings, Signer(shelf.about["secret"])
-    return _Edge(app, settings, any_host=not is_loopback(host))
+    app.state.quotas = Quotas(settings)
+    return _Edge(app, settings, app.state.quotas, any_host=not is_loopback(host))
 
 
 def _pages() -> list[BaseRoute]:
@@ -100,29 +102,34 @@ def _unknown(request: Request) -> Response:
 
 
 class _Edge:
-    """Around everything: raw paths for the router, a request id for people, no answers to strangers' host names."""
+    """Around everything: raw paths for the router, a request id for people, quotas, no answers to strangers' hosts."""
 
-    def __init__(self, app: ASGIApp, settings: HubSettings, *, any_host: bool) -> None:
-        self.app, self.any_host = app, any_host
+    def __init__(self, app: ASGIApp, settings: HubSettings, quotas: Quotas, *, any_host: bool) -> None:
+        self.app, self.quotas, self.any_host = app, quotas, any_host
         self.hosts = {name.lower() for name in settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         scope["path"] = _REFS.sub(r"/refs%2F\1%2F\2", scope["raw_path"].decode("latin-1"))
-        id = request_id()
+        headers = dict(scope["headers"])
+        every = {"X-Request-Id": request_id()}
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_more(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = id
+                MutableHeaders(scope=message).update(every)
             await send(message)
 
-        headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         if not (self.any_host or is_loopback(name) or name in self.hosts):
             # A page elsewhere whose name was pointed here (DNS rebinding) would read what is on this machine.
             refusal = PlainTextResponse(f"This Hub does not answer to the name {name!r}", 421)
-            await refusal(scope, receive, send_with_id)
+            await refusal(scope, receive, send_with_more)
             return
-        await self.app(scope, receive, send_with_id)
+        limits, over = self.quotas.spend(scope["path"], asker_of(headers, scope.get("client")))
+        every |= limits
+        if over is not None:
+            await refused(Request(scope), over)(scope, receive, send_with_more)
+            return
+        await self.app(scope, receive, send_with_more)

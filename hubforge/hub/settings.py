@@ -23,6 +23,14 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """At most `number` in a window of so many seconds."""
+
+    number: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class HubSettings:
     """Limits are in bytes unless they say otherwise."""
 
@@ -36,6 +44,10 @@ class HubSettings:
     max_lfs: int = 200 << 30
     remote_images: bool = False  # Whether cards may make a reader's browser call other servers.
     allowed_hosts: tuple[str, ...] = ()  # More names this Hub answers to when it listens on loopback.
+    # To try a publisher's patience; None: no limit. The real Hub's are about Quota(1000, 300) and Quota(128, 3600).
+    api_quota: Quota | None = None  # Requests below /api/, of one token or else one machine.
+    resolve_quota: Quota | None = None  # Downloads of files, likewise.
+    commit_quota: Quota | None = None  # Commits to one repository. No header tells of it.
 
     def token(self, secret: str) -> Token | None:
         """What that secret opens, or None."""

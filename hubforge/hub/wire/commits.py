@@ -138,10 +138,11 @@ def _finish(request: Request, repo: Repository, header: dict[str, Any], changes:
         "expected": text_of(header, "parentCommit") or None,
     }
     base = f"{endpoint(request)}/{repo.name}"
-    if _is_pull_request(request):
-        made, number = discussions.commit_as_pull_request(repo, part(request, "rev"), changes, **details)
-    else:
-        made, number = commit(repo, part(request, "rev"), changes, **details), 0
+    with request.app.state.quotas.commit(repo.name):
+        if _is_pull_request(request):
+            made, number = discussions.commit_as_pull_request(repo, part(request, "rev"), changes, **details)
+        else:
+            made, number = commit(repo, part(request, "rev"), changes, **details), 0
     shown = {"success": True, "commitOid": made.id, "commitUrl": f"{base}/commit/{made.id}", "hookOutput": ""}
     if number:
         shown["pullRequestUrl"] = f"{base}/discussions/{number}"
