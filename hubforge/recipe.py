@@ -234,8 +234,8 @@ class _Loader:
 
     def read_op(self, section: Section, name: str, value: Any) -> Op | None:
         if not isinstance(value, dict) or not isinstance(value.get("op"), str):
-            known = ", ".join(catalog.names(section))
-            self.wrong(f"{section}.{name} does not say which op it is", section, name, mend=f"Add `op:` ({known}).")
+            ops = ", ".join(catalog.names(section))
+            self.wrong(f"{section}.{name} does not say which op it is", section, name, mend=f"Add `op:` ({ops}).")
             return None
         try:
             kind = catalog.find(section, value["op"])
@@ -243,12 +243,15 @@ class _Loader:
             self.wrong(error.what, section, name, "op", mend=error.mend)
             return None
         fields = {key: child for key, child in value.items() if key != "op"}
-        if section == "stages" and "model" in kind.model_fields and "model" not in fields:
-            before = [
-                node.entry for node in self.nodes.values() if node.section == "stages" and node.op.makes == "model"
-            ]
-            if before:
-                fields["model"] = before[-1]
+        # What an entry leaves out and the recipe around it tells.
+        given, known = self.marked.data, kind.model_fields
+        stages = [node for node in self.nodes.values() if node.section == "stages" and node.op.makes == "model"]
+        if section == "stages" and "model" in known and stages:
+            fields.setdefault("model", stages[-1].entry)
+        if "seed" in known and isinstance(given.get("seed"), int):
+            fields.setdefault("seed", given["seed"])
+        if section == "quantize" and "name" in known and isinstance(given.get("name"), str):
+            fields.setdefault("name", given["name"])  # its files are called by it
         op = self.validate(kind, fields, section, name)
         return op if isinstance(op, Op) else None
 

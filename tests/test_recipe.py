@@ -139,3 +139,14 @@ def test_no_mapping_at_all(text, write_recipe):
 def test_syntax_errors_are_recipe_errors(write_recipe):
     (found,) = errors(write_recipe("name: [r\n"))
     assert "not valid YAML" in found
+
+
+def test_the_seed_of_the_recipe_is_that_of_each_step_that_sets_none(write_recipe):
+    text = BASE + "seed: 7\nevals:\n  a: {op: style, on: [base]}\n  b: {op: style, on: [base], seed: 3}\n"
+    loaded = recipe.load(write_recipe(text))
+    assert [loaded.nodes[f"evals.{name}/base"].op.seed for name in "ab"] == [7, 3]
+
+
+def test_gguf_files_are_called_by_the_recipe(write_recipe):
+    loaded = recipe.load(write_recipe(BASE + "quantize:\n  quants: {op: gguf, model: base, types: [Q8_0]}\n"))
+    assert [node.op.name for node in loaded.nodes.values()] == ["r", "r"]
