@@ -55,7 +55,7 @@ class Runner:
             try:
                 self.make(step)
             except BaseException as error:
-                what = error.what if isinstance(error, HubforgeError) else type(error).__name__
+                what = error.what if isinstance(error, HubforgeError) else "interrupted"
                 self.report(Failed(step.name, what))
                 raise
             self.report(Finished(step.name, time.monotonic() - began, self.summary(step)))
