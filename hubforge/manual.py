@@ -29,7 +29,11 @@ def describe(entry: catalog.Entry) -> dict[str, Any]:
     schema = op.model_json_schema()
     required = set(schema.get("required", ()))
     fields = []
-    for name, field in schema.get("properties", {}).items():
+    properties = schema.get("properties", {})
+    # An op's own fields first, then those that every op of its kind has.
+    own = [name for name in properties if name in vars(op).get("__annotations__", {})]
+    for name in (*own, *(name for name in properties if name not in own)):
+        field = properties[name]
         fields.append(
             {
                 "name": name,
@@ -43,7 +47,7 @@ def describe(entry: catalog.Entry) -> dict[str, Any]:
         "op": entry.name,
         "section": entry.section,
         "summary": catalog.summary(op),
-        "about": "\n".join(line.strip() for line in (op.__doc__ or "").strip().splitlines()),
+        "about": "\n\n".join(" ".join(part.split()) for part in (op.__doc__ or "").strip().split("\n\n")),
         "makes": op.makes,
         "exact": op.exact,
         "formula": op.formula,
