@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hubforge.tensors.reader import Checkpoint
 
-PROBES = 1 << 20  # weights at which the halves of the examples are compared
+PROBES = 1 << 18  # weights at which the halves of the examples are compared
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Diagonal:
                 raise StepError(f"the Fisher of {name} is zero after {self.examples} samples", mend=mend)
 
     def reliability(self) -> float | None:
-        """Spearman correlation, over up to 2^20 weights, of the Fisher of every other example with that of the rest.
+        """Spearman correlation, over up to 2^18 weights, of the Fisher of every other example with that of the rest.
 
         None for fewer than two examples. By Spearman and Brown the Fisher of all of them reproduces a little better
         than that: 2 r / (1 + r).

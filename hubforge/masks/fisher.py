@@ -184,8 +184,8 @@ class Fisher(Op):
         needed = sums + (weights + 2 * largest if device == ctx.device else 0)
         ctx.note(
             f"Fisher of {len(targets.names)} tensors, {size(covered, '')} weights: {size(weights)} of weights on "
-            f"{ctx.device}, {size(sums)} of float32 sums on {device}, {size(2 * covered)} to be written; activations of "
-            "one sample come on top"
+            f"{ctx.device}, {size(sums)} of float32 sums on {device}, {size(2 * covered)} to be written; activations "
+            "of one sample come on top"
         )
         free = _free(device)
         if needed > free:

@@ -1,0 +1,169 @@
+"""Masks as others load them: a folder with a Fisher, a subspace or both, one tensor read at a time."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hubforge.errors import SourceError
+from hubforge.lock import hub_errors
+from hubforge.tensors.names import Aliases
+from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_header, read_index, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Directions(NamedTuple):
+    """The leading directions of W_instruct − W_pretrained, float32: U (out, k), S (k,), V (in, k)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+class Mask(Mapping[str, "Tensor"]):
+    """The masks of one model. As a mapping: the Fisher of each weight, by its name, in the file's dtype.
+
+    A name may be spelled with any of the prefixes that the same decoder has in other checkpoints
+    (`model.layers.…`, `model.language_model.layers.…`). Close it, or use it as a context manager.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._fisher = self._open("fisher")
+        self._subspace = self._open("subspace")
+        self._weights = Aliases(self._fisher or (), str(folder))
+        matrices = (name.removesuffix(".S") for name in self._subspace or () if name.endswith(".S"))
+        self._matrices = dict.fromkeys(matrices)
+        self._spanned = Aliases(self._matrices, str(folder))
+
+    def _open(self, stem: str) -> Checkpoint | None:
+        single, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return self._stack.enter_context(open_checkpoint(single))
+        if not index.is_file():
+            return None
+        shards = sorted(set(read_index(index).values()))
+        tensors = {name: info for shard in shards for name, info in read_header(self.folder / shard).items()}
+        return self._stack.enter_context(Checkpoint(self.folder, tensors))
+
+    def __enter__(self) -> Mask:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fisher or ())
+
+    def __len__(self) -> int:
+        return len(self._fisher.tensors) if self._fisher else 0
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._weights.find(name) is not None
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._weights.find(name)
+        if found is None or self._fisher is None:
+            raise KeyError(name)
+        return self._fisher.read(found)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices that have a subspace."""
+        return tuple(self._matrices)
+
+    def directions(self, name: str, rank: int | None = None) -> Directions:
+        """U, S and V of a matrix, the first `rank` of them; KeyError when it has no subspace."""
+        found = self._spanned.find(name)
+        if found is None or self._subspace is None:
+            raise KeyError(name)
+        U, S, V = (self._subspace.read(f"{found}.{part}")[..., :rank] for part in "USV")
+        return Directions(U, S, V)
+
+    @property
+    def layers(self) -> dict[int, dict[str, float]]:
+        """Sum, mean and count of the Fisher in each layer; empty without layer_importance.json."""
+        path = self.folder / "layer_importance.json"
+        if not path.is_file():
+            return {}
+        return {int(layer): facts for layer, facts in read_json(path)["layers"].items()}
+
+    def check(self, model: nn.Module | Path) -> None:
+        """SourceError, naming the tensor, unless the model (or its folder) has all the mask covers, shaped alike."""
+        shapes = _shapes(model)
+        theirs = Aliases(shapes, "the model")
+        mine = [(name, info.shape) for name, info in self._fisher.tensors.items()] if self._fisher else []
+        if self._subspace:
+            infos = self._subspace.tensors
+            mine += [(name, tuple(infos[f"{name}.{part}"].shape[0] for part in "UV")) for name in self.matrices]
+        for name, shape in mine:
+            found = theirs.find(name)
+            if found is None:
+                raise SourceError(f"the model has no {name}: the mask is another model's", where=str(self.folder))
+            if tuple(shapes[found]) != tuple(shape):
+                what = f"{name} is {list(shapes[found])} in the model and {list(shape)} in the mask"
+                raise SourceError(what, where=str(self.folder), mend="The mask is another model's.")
+
+
+def open_mask(repo_or_folder: str | Path, name: str | None, revision: str | None, endpoint: str | None) -> Mask:
+    if name is not None and (PurePosixPath(name).is_absolute() or {"..", "*", "?", "["} & {*name.split("/"), *name}):
+        raise SourceError(f"{name!r} is not the name of a folder inside", where=str(repo_or_folder))
+    folder = Path(repo_or_folder)
+    if folder.is_dir():
+        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    else:
+        folder, files = _fetch(str(repo_or_folder), name, revision, endpoint)
+    if name is not None and not (folder / name).is_dir():
+        raise SourceError(f"there is no mask {name!r}", where=str(repo_or_folder), mend=_others(files, name))
+    inside = folder / name if name is not None else folder
+    if not any(is_mask(path.name) for path in inside.iterdir()):
+        what = "neither fisher.safetensors nor subspace.safetensors is here"
+        raise SourceError(what, where=str(inside), mend=_others(files, name))
+    return Mask(inside)
+
+
+def is_mask(file: str) -> bool:
+    stem, _, rest = file.partition(".")
+    return stem in ("fisher", "subspace") and rest in ("safetensors", "safetensors.index.json")
+
+
+def _others(files: Iterable[str], name: str | None) -> str:
+    """Which folders have a mask, as the help of an error."""
+    there = sorted({path.rpartition("/")[0] for path in files if "/" in path and is_mask(path.rpartition("/")[2])})
+    if not there:
+        return "No folder in it has one either."
+    close = difflib.get_close_matches(name or "", there, 1)
+    return f"Folders with one: {', '.join(there)}." + (f" Did you mean {close[0]!r}?" if close else "")
+
+
+def _fetch(repo: str, name: str | None, revision: str | None, endpoint: str | None) -> tuple[Path, list[str]]:
+    """A local copy, in the Hub's cache, of the files at one level of a repository; and the names of all it has."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi(endpoint=endpoint)
+    try:
+        with hub_errors("mask", repo, ""):
+            files = api.list_repo_files(repo, revision=revision)
+            level = [path for path in files if path.rpartition("/")[0] == (name or "")]
+            wanted = [path for path in level if path.endswith((".safetensors", ".json"))]
+            # An empty list of patterns would mean everything.
+            return Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted or ["none"])), files
+    except HFValidationError as error:
+        raise SourceError(f"{repo!r} is neither a folder nor a repository", where=repo) from error
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    if isinstance(model, Path):
+        with open_checkpoint(model) as checkpoint:
+            return {name: info.shape for name, info in checkpoint.tensors.items()}
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
