@@ -90,7 +90,9 @@ def make(recipe: Recipe, store: LocalStore) -> Plan:
     """
     lock = read_lock(recipe.path)
     sources = resolve_sources(recipe, store, lock)
-    pins = package_versions(pin for node in recipe.nodes.values() for pin in node.op.pins)
+    # The lock's versions where it has them: a machine that only renders cards finds the same keys without torch.
+    locked = {str(name): str(version) for name, version in ((lock or {}).get("packages") or {}).items()}
+    pins = package_versions(pinned(recipe)) | {name: locked[name] for name in pinned(recipe) if name in locked}
     history = store.history(recipe.name)
     keys = {f"sources.{name}": source.key for name, source in sources.items()}
     steps: dict[str, Step] = {}
@@ -115,6 +117,11 @@ def make(recipe: Recipe, store: LocalStore) -> Plan:
             reason = f"was interrupted; {reason}" if reason != "new" else "was interrupted"
         steps[name] = Step(node, key, material, status, reason)
     return Plan(recipe, store, sources, steps, lock)
+
+
+def pinned(recipe: Recipe) -> set[str]:
+    """The packages whose versions are part of some step's key."""
+    return {pin for node in recipe.nodes.values() for pin in node.op.pins}
 
 
 def resolve_sources(recipe: Recipe, store: LocalStore, lock: dict[str, Any] | None) -> dict[str, Source]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hubforge import __version__
-from hubforge.errors import HubforgeError, StepError, StoreError
+from hubforge.errors import HubforgeError, LockError, StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Report, Started, silent
 from hubforge.facts import SourceFacts, gather
 from hubforge.machine import git_state, gpus, hardware, peak_memory
@@ -64,6 +64,7 @@ class Runner:
         """Whatever can be known before the first step: packages that are missing, and what the ops themselves check."""
         for step in todo:
             check_requirements(step.op, step.node.where)
+            check_pins(step, self.plan.recipe.path)
         for step in todo:
             inputs: dict[str, Artifact] = {}
             for ref, target in step.node.inputs.items():
@@ -171,6 +172,17 @@ def check_requirements(op: Op, where: str) -> None:
         raise StepError(
             f"this step needs {', '.join(missing)}, not installed here", where=where, mend=f"{extra} adds it."
         )
+
+
+def check_pins(step: Step, recipe: Path) -> None:
+    """Raise LockError when a package that is part of the step's key is here in another version than the lock's."""
+    for name, version in package_versions(step.op.pins).items():
+        if step.material["pins"][name] != version:
+            raise LockError(
+                f"{step.name} is locked to {name} {step.material['pins'][name]}, and {version} is installed",
+                where=step.node.where,
+                mend=f"Install that version, or pin this one with `hubforge lock {recipe}`.",
+            )
 
 
 @contextmanager

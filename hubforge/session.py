@@ -17,11 +17,12 @@ from hubforge import recipe as recipes
 from hubforge.errors import HubforgeError, LockError, RecipeError
 from hubforge.lock import lock_path, read_lock, resolve_online
 from hubforge.op import Hub, Settings
-from hubforge.plan import Plan, make
+from hubforge.plan import Plan, make, pinned
 from hubforge.recipe import Recipe
 from hubforge.release import Release
 from hubforge.reporters import Reporter, choose
 from hubforge.run import Runner, refreshed
+from hubforge.sources import package_versions
 from hubforge.store import LocalStore, write_json
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
@@ -151,9 +152,13 @@ class Session:
                 changes.append(f"{name}: {spec.value} {came}{entry['commit'][:8]}, {len(entry['files'])} files")
             sources[name] = entry
         changes += [f"{name}: removed" for name in before["sources"] if name not in sources]
+        packages = package_versions(pinned(self.recipe))
+        for name, version in packages.items():
+            if (old := (before.get("packages") or {}).get(name)) != version:
+                changes.append(f"{name}: {f'{old} -> ' if old else ''}{version}")
         if changes or not path.exists():
-            write_json(path, {"version": 1, "sources": sources})
-            changes = changes or ["no Hub sources to pin; local ones are keyed by content"]
+            write_json(path, {"version": 1, "sources": sources, "packages": packages})
+            changes = changes or ["nothing to pin: local sources are keyed by content"]
         return path, changes
 
     def runner(self, plan: Plan) -> Runner:

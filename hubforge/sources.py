@@ -276,13 +276,13 @@ def git_blob_sha1(path: Path) -> str:
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package; "absent" for one that is not there."""
+    """The installed version of each package, without its build ("+cpu"); "absent" for one that is not there."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
     for name in sorted(set(names)):
         try:
-            found[name] = version(name)
+            found[name] = version(name).partition("+")[0]
         except PackageNotFoundError:
             found[name] = "absent"
     return found

@@ -113,3 +113,15 @@ def test_damaged_locks(text, planned, tmp_path):
     (tmp_path / "r.lock.json").write_text(text)
     with pytest.raises(LockError):
         planned(TEXT.replace("./model", "some/model"))
+
+
+def test_locked_package_versions_are_in_the_key_and_checked_before_a_run(planned, tmp_path, monkeypatch):
+    import json
+
+    from tests.fixtures_core import Shout
+
+    monkeypatch.setattr(Shout, "pins", ("pyyaml",))
+    (tmp_path / "r.lock.json").write_text(json.dumps({"version": 1, "sources": {}, "packages": {"pyyaml": "1.0"}}))
+    assert planned().steps["stages.one"].material["pins"] == {"pyyaml": "1.0"}
+    with pytest.raises(LockError, match=r"r.yaml:5: stages.one is locked to pyyaml 1.0, and [\d.]+ is installed"):
+        planned(run=True)
