@@ -38,7 +38,7 @@ class Fisher(Op):
     """How much each weight matters to the model on the given texts: the mean over them of its squared gradient.
 
     Taken per example, one at a time, so it is the diagonal of the (empirical) Fisher information and not the square of
-    a batch's mean gradient. Accumulated in float32, stored as bfloat16: float16 would turn a tenth of it into zeros.
+    a batch's mean gradient. Accumulated in float32 and stored as bfloat16; in float16 much of it would be zero.
     """
 
     makes: ClassVar[Kind] = "mask"
