@@ -334,14 +334,22 @@ def lab(
 @hub_app.command("serve", epilog="Example: hubforge hub serve --port 8000")
 def hub_serve(
     folder: Annotated[Path | None, typer.Option(help="Where it keeps everything. Default: the user's data.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; a public one needs --token.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; a public one needs --tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of tokens and whose they are. Default: any token, one user.")
+    ] = None,
 ) -> None:
     """Serve the embedded Hub until Ctrl-C."""
-    from hubforge.hub import serve
+    from hubforge.hub import HubSettings, serve
+    from hubforge.hub.settings import read_tokens
     from hubforge.session import hub_folder
 
-    serve(folder or hub_folder(), host=host, port=port)
+    where = folder or hub_folder()
+    settings = HubSettings(tokens=read_tokens(tokens)) if tokens else None
+    serve(
+        where, host=host, port=port, settings=settings, ready=lambda at: typer.echo(f"{at} serves {where} until Ctrl-C")
+    )
 
 
 def main() -> None:
