@@ -35,7 +35,7 @@ class Subspace(Op):
 
     Two checkpoints are read from disk one matrix at a time; neither model is loaded. Solved exactly, in float64, and
     each solution's residual is checked: randomized solvers return another subspace on the slowly decaying spectra of
-    such differences. The file holds float32: at rank 256, bfloat16 vectors let through 6e-4 of what they should hold back.
+    such differences. float32 in the file: at rank 256, bfloat16 vectors let through 6e-4 of what they should hold back.
     """
 
     makes: ClassVar[Kind] = "mask"
