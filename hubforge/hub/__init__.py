@@ -10,7 +10,21 @@ with LocalHub(folder) as hub:
 
 from __future__ import annotations
 
+from hubforge.hub.config import read_settings, read_tokens
 from hubforge.hub.server import LocalHub, ensure_running, serve, stop_running
-from hubforge.hub.settings import HubSettings, Quota, Token
+from hubforge.hub.settings import HubSettings, Quota
+from hubforge.hub.tokens import Publisher, Scope, Token
 
-__all__ = ["HubSettings", "LocalHub", "Quota", "Token", "ensure_running", "serve", "stop_running"]
+__all__ = [
+    "HubSettings",
+    "LocalHub",
+    "Publisher",
+    "Quota",
+    "Scope",
+    "Token",
+    "ensure_running",
+    "read_settings",
+    "read_tokens",
+    "serve",
+    "stop_running",
+]

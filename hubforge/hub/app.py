@@ -18,7 +18,7 @@ from hubforge import __version__
 from hubforge.hub.refusal import Refusal
 from hubforge.hub.settings import HubSettings, is_loopback
 from hubforge.hub.storage.shelf import Shelf
-from hubforge.hub.wire import commits, files, lfs, refs, repos, talk
+from hubforge.hub.wire import commits, files, lfs, oauth, refs, repos, talk
 from hubforge.hub.wire.access import Signer
 from hubforge.hub.wire.quotas import Quotas, asker_of
 from hubforge.hub.wire.request import gone, lost, refused, request_id
@@ -40,6 +40,7 @@ def make_app(folder: Path, settings: HubSettings, *, host: str) -> ASGIApp:
     wire: list[BaseRoute] = [
         Route("/api/hubforge", hello),
         Route("/api/agent-harnesses", missing),  # Every start of the hf command asks; 404 is what it expects.
+        *oauth.routes,
         *talk.routes,
         *refs.routes,
         *commits.routes,
@@ -106,7 +107,7 @@ class _Edge:
 
     def __init__(self, app: ASGIApp, settings: HubSettings, quotas: Quotas, *, any_host: bool) -> None:
         self.app, self.quotas, self.any_host = app, quotas, any_host
-        self.hosts = {name.lower() for name in settings.allowed_hosts}
+        self.hosts = settings.hosts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -5,21 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
+from urllib.parse import urlsplit
 
 from hubforge.errors import HubforgeError
+from hubforge.hub.tokens import Publisher, Token
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Token:
-    """What one access token opens: who it is, whether it may write, where."""
-
-    user: str
-    role: Literal["read", "write"] = "write"
-    orgs: tuple[str, ...] = ()
-    repos: tuple[str, ...] | None = None  # `ns/name` or `datasets/ns/name`; None: all that the user may see
 
 
 @dataclass(frozen=True)
@@ -43,11 +35,20 @@ class HubSettings:
     max_json: int = 16 * MIB
     max_lfs: int = 200 << 30
     remote_images: bool = False  # Whether cards may make a reader's browser call other servers.
+    endpoint: str | None = None  # `https://hub.example`: its address as users know it, where a proxy stands before it.
+    issuers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # Who signs CI jobs' identities -> JWKS.
+    publishers: tuple[Publisher, ...] = ()  # Which jobs may exchange theirs for a token.
+    publisher_seconds: int = 3600  # How long such a token is good.
     allowed_hosts: tuple[str, ...] = ()  # More names this Hub answers to when it listens on loopback.
     # To try a publisher's patience; None: no limit. The real Hub's are about Quota(1000, 300) and Quota(128, 3600).
     api_quota: Quota | None = None  # Requests below /api/, of one token or else one machine.
     resolve_quota: Quota | None = None  # Downloads of files, likewise.
     commit_quota: Quota | None = None  # Commits to one repository. No header tells of it.
+
+    def hosts(self) -> set[str]:
+        """Names this Hub answers to when it listens on loopback, besides those of loopback itself."""
+        own = urlsplit(self.endpoint).hostname if self.endpoint else None
+        return {name.lower() for name in (*self.allowed_hosts, own) if name}
 
     def token(self, secret: str) -> Token | None:
         """What that secret opens, or None."""
@@ -74,4 +75,10 @@ def check_bind(host: str, settings: HubSettings) -> None:
             f"the embedded Hub would listen on {host}, where other machines reach it, and takes any token",
             where="hub serve",
             mend="Give it tokens (--tokens FILE, a JSON object of token: user), or keep --host 127.0.0.1.",
+        )
+    if not is_loopback(host) and settings.publishers and not settings.endpoint:
+        raise HubforgeError(
+            "identity tokens are made out to an address, and this Hub's is not known",
+            where="hub serve",
+            mend="Name it: `endpoint`, such as https://hub.example, in the settings.",
         )

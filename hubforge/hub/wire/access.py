@@ -12,9 +12,12 @@ from typing import Any
 
 from hubforge.hub.names import Kind, prefix_of
 from hubforge.hub.refusal import Refusal, no_repository
-from hubforge.hub.settings import HubSettings, Token
+from hubforge.hub.settings import HubSettings
 from hubforge.hub.storage.repository import Repository
 from hubforge.hub.storage.shelf import Shelf
+from hubforge.hub.tokens import COLLECTS, READS, SEES_COLLECTIONS, TALKS, WRITES, Publisher, Token, split_name
+
+JWT = "hf_jwt_"  # How tokens begin that a CI job was given.
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,16 @@ class Access:
     everywhere: bool = False
 
     @classmethod
-    def of(cls, secret: str, settings: HubSettings, *, lenient: bool = False) -> Access:
-        token = settings.token(secret)
+    def of(cls, secret: str, settings: HubSettings, signer: Signer, *, lenient: bool = False) -> Access:
+        if secret.startswith(JWT):
+            token, everywhere = _of_publisher(secret, settings, signer), False
+        else:
+            token, everywhere = settings.token(secret), not settings.tokens
+        if token is not None and token.until is not None and token.until < time.time():
+            token = None
         if token is None and not lenient:
             raise Refusal(401, "Invalid credentials in Authorization header")
-        return cls(token, everywhere=not settings.tokens)
+        return cls(token, everywhere=everywhere)
 
     @property
     def user(self) -> str:
@@ -38,24 +46,26 @@ class Access:
             raise Refusal(401, "Invalid username or password.")
         return self.token.user
 
-    def _owns(self, namespace: str) -> bool:
+    def owns(self, namespace: str) -> bool:
         token = self.token
         return token is not None and (self.everywhere or namespace == token.user or namespace in token.orgs)
 
-    def _reaches(self, name: str) -> bool:
-        return self.token is not None and (self.token.repos is None or name in self.token.repos)
+    def _may(self, permissions: tuple[str, ...], kind: Kind, id: str) -> bool:
+        """Whether the token grants one of those permissions on a repository of the user's, there or not."""
+        token = self.token
+        if token is None or not self.owns(id.partition("/")[0]):
+            return False
+        granted = token.granted()
+        if granted is None:
+            return token.role == "write" or READS in permissions
+        return any(scope.covers(kind, id) and set(permissions) & set(scope.permissions) for scope in granted)
 
     def can_read(self, repo: Repository) -> bool:
-        return not repo.private or (self._owns(repo.namespace) and self._reaches(repo.name))
-
-    def can_write(self, repo: Repository) -> bool:
-        return self.may_write(repo.kind, repo.id)
+        return not repo.private or self._may((READS, WRITES), repo.kind, repo.id)
 
     def may_write(self, kind: Kind, id: str) -> bool:
-        """Whether the token may change (or make) the repository of that id."""
-        name = prefix_of(kind) + id
-        token = self.token
-        return token is not None and token.role == "write" and self._owns(id.partition("/")[0]) and self._reaches(name)
+        """Whether the token may change the repository of that id."""
+        return self._may((WRITES,), kind, id)
 
     def check(self, shelf: Shelf, kind: Kind, id: str, write: bool = False) -> Repository:
         """The repository, or the refusal the real Hub would give: 401 or 404 when hidden, 403 when read-only."""
@@ -69,24 +79,48 @@ class Access:
                 raise Refusal(401, "Invalid username or password.", "RepoNotFound")
             raise no_repository()
         if write:
-            self.check_write(kind, id)
+            self.check_write(repo.kind, repo.id)
         return repo
 
     def check_write(self, kind: Kind, id: str) -> None:
         if not self.may_write(kind, id):
-            user = self.user
-            raise Refusal(403, f"Forbidden: {user}'s token may not write to {prefix_of(kind)}{id}")
+            raise Refusal(403, f"Forbidden: {self.user}'s token may not write to {prefix_of(kind)}{id}")
 
-    def check_may_write(self) -> str:
-        """The user's name, if the token may write anywhere at all: to open a pull request or to comment."""
-        user = self.user
-        if self.token is None or self.token.role != "write":
-            raise Refusal(403, f"Forbidden: {user}'s token is for reading only")
+    def check_create(self, kind: Kind, id: str) -> None:
+        """Making a repository takes a right to all of a namespace: a scope for one repository is for what is there."""
+        self.check_write(kind, id)
+        granted, namespace = self.token.granted() if self.token else None, id.partition("/")[0]
+        if granted is not None and not any(
+            scope.covers_all_of(namespace) and WRITES in scope.permissions for scope in granted
+        ):
+            raise Refusal(403, f"Forbidden: {self.user}'s token may not create repositories in {namespace}")
+
+    def check_may_propose(self, repo: Repository) -> str:
+        """The user's name, if the token may open pull requests and comment on what its user can see."""
+        token, user = self.token, self.user
+        granted = token.granted() if token else None
+        if granted is None:
+            may = token is not None and token.role == "write"
+        else:
+            may = (token is not None and TALKS in token.anywhere) or self._may((TALKS, WRITES), repo.kind, repo.id)
+        if not may:
+            raise Refusal(403, f"Forbidden: {user}'s token may not propose changes or comment here")
         return user
 
+    def may_collect(self, namespace: str, *, write: bool) -> bool:
+        """Whether the token may see a namespace's private collections, or for `write` change its collections."""
+        token = self.token
+        if token is None or not self.owns(namespace):
+            return False
+        granted = token.granted()
+        if granted is None:
+            return token.role == "write" or not write
+        wanted = {COLLECTS} if write else {COLLECTS, SEES_COLLECTIONS}
+        return any(scope.covers_all_of(namespace) and wanted & set(scope.permissions) for scope in granted)
+
     def check_gate(self, repo: Repository) -> None:
-        """Files of a gated repository are for those who may write to it."""
-        if repo.about()["gated"] and not self.can_write(repo):
+        """Files of a gated repository are for its owners."""
+        if repo.about()["gated"] and not self._may((READS, WRITES), repo.kind, repo.id):
             raise Refusal(
                 401 if self.token is None else 403,
                 f"Access to {repo.kind[:-1]} {repo.id} is restricted and you are not in the authorized list.",
@@ -116,3 +150,27 @@ class Signer:
 
     def _mac(self, payload: bytes) -> str:
         return hmac.new(self._key, payload, hashlib.sha256).hexdigest()
+
+
+def publisher_token(signer: Signer, publisher: Publisher, subject: str, seconds: int) -> str:
+    """A token for a publisher's repository, good for so many seconds. All is in the text: nothing is stored."""
+    grant = {"action": "publish", "repo": publisher.repo, "read": publisher.read_only, "sub": subject}
+    return JWT + signer.sign(grant, seconds)
+
+
+def _of_publisher(secret: str, settings: HubSettings, signer: Signer) -> Token | None:
+    """What such a token opens, while its publisher is still trusted."""
+    try:
+        grant = signer.open(secret.removeprefix(JWT))
+    except Refusal:
+        return None
+    trusted = [publisher for publisher in settings.publishers if publisher.repo == grant.get("repo")]
+    if grant["action"] != "publish" or not trusted:
+        return None
+    return Token(
+        split_name(grant["repo"])[1].partition("/")[0],
+        role="read" if grant.get("read") else "write",
+        repos=(grant["repo"],),
+        until=grant["until"],
+        publisher=grant["sub"],
+    )

@@ -29,8 +29,9 @@ _MAX_CHANGES = 50_000
 def _writable(request: Request) -> Repository:
     """A pull request may be opened by anyone who is signed in and may read; all else takes the right to write."""
     if _is_pull_request(request):
-        access(request).check_may_write()
-        return repository(request)
+        repo = repository(request)
+        access(request).check_may_propose(repo)
+        return repo
     return repository(request, write=True)
 
 

@@ -29,7 +29,7 @@ def batch(request: Request, data: dict[str, Any]) -> Response:
     if upload and "ref" in data:
         who.check_write(repo.kind, repo.id)
     elif upload:
-        who.check_may_write()  # Without `ref` it is for a pull request, which whoever may read can open.
+        who.check_may_propose(repo)  # Without `ref` it is for a pull request, which whoever may read can open.
     if not upload:
         who.check_gate(repo)
     objects = data.get("objects")

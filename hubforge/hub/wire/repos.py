@@ -21,8 +21,18 @@ _VISIBILITIES = ("public", "private", "protected")
 
 def whoami(request: Request) -> Response:
     who = access(request)
-    name = who.user
-    assert who.token is not None
+    name, token = who.user, who.token
+    assert token is not None
+    granted = token.granted()
+    shown: dict[str, Any] = {"displayName": token.name, "role": token.role if granted is None else "fineGrained"}
+    if granted is not None:
+        scoped = [scope.as_json() for scope in granted]
+        shown["fineGrained"] = {"canReadGatedRepos": False, "global": list(token.anywhere), "scoped": scoped}
+    auth: dict[str, Any] = {"type": "access_token", "accessToken": shown}
+    if token.publisher:
+        auth |= {"resource": {"sub": token.publisher}}
+    if token.until is not None:
+        auth |= {"expiresAt": facts.iso(token.until)}
     return JSONResponse(
         {
             "type": "user",
@@ -30,8 +40,8 @@ def whoami(request: Request) -> Response:
             "name": name,
             "fullname": name,
             "canPay": False,
-            "orgs": [{"type": "org", "id": org, "name": org, "roleInOrg": "write"} for org in who.token.orgs],
-            "auth": {"type": "access_token", "accessToken": {"displayName": "local", "role": who.token.role}},
+            "orgs": [{"type": "org", "id": org, "name": org, "roleInOrg": "write"} for org in token.orgs],
+            "auth": auth,
         }
     )
 
@@ -40,7 +50,7 @@ def create(request: Request, data: dict[str, Any]) -> Response:
     who = access(request)
     kind = kind_of(data.get("type"))
     id = f"{data.get('organization') or who.user}/{check_name(data.get('name'), 'repository name')}"
-    who.check_write(kind, id)
+    who.check_create(kind, id)
     url = f"{endpoint(request)}/{prefix_of(kind)}{id}"
     sdk = text_of(data, "sdk") or None
     try:
@@ -73,7 +83,7 @@ def move(request: Request, data: dict[str, Any]) -> Response:
     shelf: Shelf = request.app.state.shelf
     target = text_of(data, "toRepo")
     repo = who.check(shelf, kind, text_of(data, "fromRepo"), write=True)
-    who.check_write(kind, target)
+    who.check_create(kind, target)
     shelf.move(repo, target)
     return JSONResponse({"url": f"{endpoint(request)}/{prefix_of(kind)}{target}"})
 
@@ -96,7 +106,7 @@ def duplicate(request: Request, data: dict[str, Any]) -> Response:
     who = access(request)
     who.check_gate(repo)
     target = text_of(data, "repository")
-    who.check_write(repo.kind, target)
+    who.check_create(repo.kind, target)
     # A copy of what is hidden stays hidden unless its owner says otherwise.
     visibility = _visibility(data, "private" if repo.private else "public")
     request.app.state.shelf.duplicate(repo, target, visibility)

@@ -30,10 +30,11 @@ def access(request: Request) -> Access:
     if found is None:
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and secret.strip():
-            found = Access.of(secret.strip(), request.app.state.settings)
+            found = Access.of(secret.strip(), request.app.state.settings, request.app.state.signer)
         elif request.method in ("GET", "HEAD") and COOKIE in request.cookies:
             # Only for looking: a page elsewhere can make a browser send cookies, but not a bearer token.
-            found = Access.of(request.cookies[COOKIE], request.app.state.settings, lenient=True)
+            settings, signer = request.app.state.settings, request.app.state.signer
+            found = Access.of(request.cookies[COOKIE], settings, signer, lenient=True)
         else:
             found = Access(None)
         request.state.access = found
@@ -64,7 +65,8 @@ def repository(request: Request, *, write: bool = False) -> Repository:
 
 def endpoint(request: Request) -> str:
     """This Hub's address as the asker knows it."""
-    return f"{request.url.scheme}://{request.headers.get('host') or request.url.netloc}"
+    named: str | None = request.app.state.settings.endpoint
+    return named.rstrip("/") if named else f"{request.url.scheme}://{request.headers.get('host') or request.url.netloc}"
 
 
 async def body(request: Request, limit: int) -> bytes:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from hubforge.hub.refusal import Refusal
 from hubforge.hub.storage import discussions
+from hubforge.hub.storage.repository import Repository
 from hubforge.hub.wire.request import access, repo_api, repository, text_of, with_json
 
 _PAGE = 50
@@ -37,13 +38,13 @@ def create(request: Request, data: dict[str, Any]) -> Response:
     if len(title) < 3:
         raise Refusal(400, "The title needs at least 3 letters")
     made = discussions.open_discussion(
-        repo, _writer(request), title, text_of(data, "description"), pull_request=bool(data.get("pullRequest"))
+        repo, _writer(request, repo), title, text_of(data, "description"), pull_request=bool(data.get("pullRequest"))
     )
     return JSONResponse({"num": made["num"], "url": f"/{repo.name}/discussions/{made['num']}"})
 
 
-def _writer(request: Request) -> str:
-    return access(request).check_may_write()
+def _writer(request: Request, repo: Repository) -> str:
+    return access(request).check_may_propose(repo)
 
 
 def show(request: Request) -> Response:
@@ -57,13 +58,14 @@ def _number(request: Request) -> int:
 
 
 def comment(request: Request, data: dict[str, Any]) -> Response:
-    event = discussions.comment(repository(request), _number(request), _writer(request), text_of(data, "comment"))
+    repo = repository(request)
+    event = discussions.comment(repo, _number(request), _writer(request, repo), text_of(data, "comment"))
     return JSONResponse({"newMessage": event})
 
 
 def status(request: Request, data: dict[str, Any]) -> Response:
     repo = repository(request)
-    user = _writer(request)
+    user = _writer(request, repo)
     if discussions.read(repo, _number(request))["author"] != user:
         access(request).check_write(repo.kind, repo.id)
     event = discussions.set_status(repo, _number(request), user, text_of(data, "status"), text_of(data, "comment"))
