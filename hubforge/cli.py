@@ -341,8 +341,7 @@ def hub_serve(
     ] = None,
 ) -> None:
     """Serve the embedded Hub until Ctrl-C."""
-    from hubforge.hub import HubSettings, serve
-    from hubforge.hub.settings import read_tokens
+    from hubforge.hub import HubSettings, read_tokens, serve
     from hubforge.session import hub_folder
 
     where = folder or hub_folder()
