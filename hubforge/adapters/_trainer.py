@@ -1,0 +1,247 @@
+"""Run TRL's SFTTrainer on examples, with one callback: it guards the factors, measures, and marks checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubforge.adapters._examples import Examples, tokens_of
+from hubforge.errors import StepError
+from hubforge.tensors.projection import summary
+
+if TYPE_CHECKING:
+    from hubforge.adapters._guard import Guard
+    from hubforge.adapters.lora import Lora
+    from hubforge.op import Context
+
+MEASURES = 20  # times the leak is measured in a run, evenly spread
+WHOLE = "whole"  # the file that marks a checkpoint as complete
+STATE = "state"  # the folder of checkpoints under ctx.out
+
+
+@dataclass
+class Course:
+    """How the training went: a row per step, the leak now and then, and the losses on what was held out."""
+
+    steps: int
+    epochs: float
+    rows: list[dict[str, float]] = field(default_factory=list)  # step, loss, lr, grad_norm
+    leaks: list[dict[str, Any]] = field(default_factory=list)
+    eval: list[dict[str, float]] = field(default_factory=list)  # step, loss
+    best_step: int | None = None
+    stopped_early: bool = False
+    seconds_per_step: float | None = None  # None when a resumed run had nothing left to do
+
+
+def train(
+    op: Lora,
+    ctx: Context,
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    guard: Guard | None,
+    rates: Mapping[str, float],
+) -> Course:
+    """Train the model's adapter in place, from the newest whole checkpoint if there is one.
+
+    rates: the factor of the learning rate of each adapted module; those not named have 1.
+    """
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+    from trl.data_utils import pack_dataset
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        optimizer: Any
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            """As the Trainer's own, but in groups of one learning rate each."""
+            if self.optimizer is None:
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(_groups(self.model, rates, self.args), **settings)
+            return self.optimizer
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Checkpoints are not published."""
+
+    def table(kept: list[Any]) -> Any:
+        whole = Dataset.from_dict(tokens_of(kept))
+        return pack_dataset(whole, op.max_length, "bfd") if op.packing else whole
+
+    state = ctx.out / STATE
+    callback = make_callback(ctx, guard)
+    patience = op.early_stopping_patience
+    trainer = Trainer(
+        model=model,
+        args=arguments(op, ctx, model),
+        train_dataset=table(examples.train),
+        eval_dataset=table(examples.held_out) if op.eval_share else None,
+        processing_class=tokenizer,
+        callbacks=[callback, *([EarlyStoppingCallback(patience)] if patience else [])],
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    newest = newest_checkpoint(state)
+    if newest is not None:
+        ctx.note(f"resumed after step {newest.name.rpartition('-')[2]}")
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    return _course(trainer.state, callback.seconds_per_step(), bool(patience))
+
+
+def arguments(op: Lora, ctx: Context, model: Any) -> Any:
+    """The trainer's settings, as the op's fields say."""
+    from trl import SFTConfig
+
+    cuda = ctx.device.startswith("cuda")
+    evaluating = op.eval_share > 0
+    settings: dict[str, Any] = {
+        "output_dir": str(ctx.out / STATE),
+        "num_train_epochs": op.num_train_epochs,
+        "max_steps": op.max_steps or -1,
+        "per_device_train_batch_size": op.per_device_train_batch_size,
+        "per_device_eval_batch_size": op.per_device_train_batch_size,
+        "gradient_accumulation_steps": op.gradient_accumulation_steps,
+        "gradient_checkpointing": op.gradient_checkpointing,
+        "learning_rate": op.learning_rate,
+        "lr_scheduler_type": op.lr_scheduler_type,
+        "warmup_steps": op.warmup_ratio,  # Below 1 it is a share of all steps.
+        "weight_decay": op.weight_decay,
+        "max_grad_norm": op.max_grad_norm,
+        "optim": op.optim,
+        "seed": op.seed,
+        "data_seed": op.seed,
+        "bf16": op.bf16 if op.bf16 is not None else cuda and str(model.dtype) == "torch.bfloat16",
+        "packing": op.packing,
+        "max_length": op.max_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # It would show NaN as the mean of what went before.
+        "save_strategy": "steps",
+        "save_steps": op.eval_steps if evaluating else op.save_steps,
+        "save_total_limit": 2,  # The one before stays until the newest is marked whole.
+        "restore_callback_states_from_checkpoint": True,
+        "disable_tqdm": True,
+        "report_to": [],
+        "use_cpu": ctx.device == "cpu",
+        "dataloader_pin_memory": cuda,
+        "tf32": False if cuda else None,  # It would leak a thousandth of every projection.
+    }
+    if evaluating:
+        settings |= {
+            "eval_strategy": "steps",
+            "eval_steps": op.eval_steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    made = SFTConfig(**settings)
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # One process trains on one device; without this the model would be copied to all of them.
+    return made
+
+
+def make_callback(ctx: Context, guard: Guard | None) -> Any:
+    """The callback that holds the guard. The trainer clips, then asks it; steps, then asks it again."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.began = 0.0
+            self.first = self.last = 0
+
+        def seconds_per_step(self) -> float | None:
+            return round(self.spent / (self.last - self.first), 4) if self.last > self.first else None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began, self.spent, self.first = time.monotonic(), 0.0, state.global_step
+            self.every = max(1, state.max_steps // MEASURES)
+            if guard is not None and state.global_step == 0:
+                with torch.no_grad():
+                    guard.begin()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if guard is not None:
+                with torch.no_grad():
+                    guard.before_step()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if guard is not None:
+                with torch.no_grad():
+                    guard.after_step()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.last, self.spent = state.global_step, time.monotonic() - self.began
+            if guard is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+                found = summary(guard.leaks())
+                if found:
+                    state.log_history.append({"step": state.global_step, "leak": found})
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            _require_finite(state.global_step, logs)
+            said = f"loss {float(logs['loss']):.3f}"
+            measured = next((entry["leak"] for entry in reversed(state.log_history) if "leak" in entry), None)
+            if measured:
+                said += f", leak {measured['worst']:.1e}"
+            ctx.progress(state.global_step, state.max_steps, "step", said)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
+            ctx.note(f"step {state.global_step}: loss {metrics['eval_loss']:.4f} on what is held out")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    return Callback()
+
+
+def newest_checkpoint(state: Path) -> Path | None:
+    """The last checkpoint that was written whole; those that a kill cut short are removed."""
+    found = sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not (path / WHOLE).is_file():
+            shutil.rmtree(path)
+    whole = [path for path in found if path.is_dir()]
+    return whole[-1] if whole else None
+
+
+def _groups(model: Any, rates: Mapping[str, float], args: Any) -> list[dict[str, Any]]:
+    """The trained parameters in groups of one learning rate each, in the order they are met."""
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            groups.setdefault(rates.get(module, 1.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": args.learning_rate * rate, "weight_decay": args.weight_decay}
+        for rate, parameters in groups.items()
+    ]
+
+
+def _require_finite(step: int, logs: Mapping[str, Any]) -> None:
+    for name, said in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+        if name in logs and not math.isfinite(float(logs[name])):
+            what = f"{said} is {float(logs[name])} at step {step}"
+            mend = "Lower `learning_rate`, lengthen `warmup_ratio`, or look for damaged rows and weights."
+            raise StepError(what, mend=mend)
+
+
+def _course(state: Any, seconds: float | None, stops_early: bool) -> Course:
+    course = Course(state.global_step, round(float(state.epoch or 0.0), 4), seconds_per_step=seconds)
+    for entry in state.log_history:
+        if "leak" in entry:
+            course.leaks.append({"step": entry["step"], **entry["leak"]})
+        elif "eval_loss" in entry:
+            course.eval.append({"step": entry["step"], "loss": entry["eval_loss"]})
+        elif "loss" in entry:
+            row = {"step": entry["step"], "loss": entry["loss"], "lr": entry["learning_rate"]}
+            course.rows.append(row | ({"grad_norm": entry["grad_norm"]} if "grad_norm" in entry else {}))
+    course.best_step = int(state.best_global_step) if course.eval and state.best_global_step else None
+    course.stopped_early = stops_early and state.global_step < state.max_steps
+    return course
