@@ -1,0 +1,52 @@
+"""Task vectors thinned out at random, rescaled, and added up: DARE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from hubforge.op import Place
+from hubforge.stages._models import FOR_EACH, require_within
+from hubforge.stages._task_vectors import TaskVectors
+from hubforge.tensors.random import uniform
+from hubforge.tensors.schedule import PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DareLinear(TaskVectors):
+    """The base model plus the weighted sum of task vectors of which a random share was kept and scaled up.
+
+    Kept elements are divided by `density`, as in the paper, so that the expected change stays the same; mergekit 0.1.5
+    scales so that the sum of magnitudes stays the same, which is that but for chance. Which elements are kept follows
+    from the seed, the model's place in the list, the tensor's name and the element's index, and from nothing else.
+    """
+
+    formula: ClassVar[str] = "W + λ · Σ wᵢ · mᵢ ⊙ (Wᵢ − W) / d,  mᵢ ~ Bernoulli(d)"
+    source: ClassVar[str] = "Yu et al. 2023, arXiv:2311.03099"
+
+    density: PerModel = Field(
+        1.0, description=f"d, the share of each task vector that is kept, in (0, 1]: {FOR_EACH}; the paper: 0.1 to 1."
+    )
+    rescale: bool = Field(True, description="Whether to divide what is kept by the density.")
+    seed: int = Field(0, description="Of the choice of elements.")
+
+    @model_validator(mode="after")
+    def _density_is_a_share(self) -> DareLinear:
+        require_within("density", self.density, 0, 1, "it is the share of each task vector that is kept")
+        return self
+
+    def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
+        density = self.of_model(self.density, index, at)
+        return drop(delta, density, self.seed, index, at, self.rescale)
+
+
+def drop(delta: Tensor, density: float, seed: int, index: int, at: Place, rescale: bool) -> Tensor:
+    """The rows at hand of model `index`'s task vector, each element kept with probability `density`, else zero."""
+    if density >= 1:
+        return delta
+    row = delta[0].numel() if delta.dim() else 1
+    kept = uniform(seed, (index, at.name), at.first * row, delta.numel()).view(delta.shape) < density
+    return delta * kept / density if rescale else delta * kept
