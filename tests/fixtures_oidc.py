@@ -18,9 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 ISSUER = "https://token.actions.githubusercontent.com"
 REQUEST_TOKEN = "the-runner-s-own-secret"
@@ -29,12 +27,16 @@ REQUEST_TOKEN = "the-runner-s-own-secret"
 @functools.cache
 def private_key(algorithm: str, number: int) -> Any:
     """A key of that kind; the same for every test."""
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa  # Here: every test of the suite loads this file.
+
     if algorithm == "ES256":
         return ec.generate_private_key(ec.SECP256R1())
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
 def public_jwk(algorithm: str, kid: str, number: int = 0) -> dict[str, Any]:
+    import jwt
+
     kind = jwt.algorithms.ECAlgorithm if algorithm == "ES256" else jwt.algorithms.RSAAlgorithm
     public = kind.to_jwk(private_key(algorithm, number).public_key(), as_dict=True)
     return {**public, "kid": kid, "alg": algorithm, "use": "sig"}
@@ -66,6 +68,8 @@ class GitHubActions:
 
     def mint(self, audience: str, *, algorithm: str = "RS256", kid: str | None = None, **claims: Any) -> str:
         """An identity token. claims: in place of the job's own; None leaves one out."""
+        import jwt
+
         now = int(time.time())
         times = {"iat": now, "nbf": now - 5, "exp": now + 300, "jti": str(self.minted)}
         all_claims = {"iss": self.issuer, "aud": audience, **times, **self.claims, **claims}

@@ -18,7 +18,7 @@ from hubforge import __version__
 from hubforge.hub.refusal import Refusal
 from hubforge.hub.settings import HubSettings, is_loopback
 from hubforge.hub.storage.shelf import Shelf
-from hubforge.hub.wire import commits, files, lfs, oauth, refs, repos, talk
+from hubforge.hub.wire import collections, commits, files, lfs, oauth, refs, repos, talk
 from hubforge.hub.wire.access import Signer
 from hubforge.hub.wire.quotas import Quotas, asker_of
 from hubforge.hub.wire.request import gone, lost, refused, request_id
@@ -42,6 +42,7 @@ def make_app(folder: Path, settings: HubSettings, *, host: str) -> ASGIApp:
         Route("/api/agent-harnesses", missing),  # Every start of the hf command asks; 404 is what it expects.
         *oauth.routes,
         *talk.routes,
+        *collections.routes,
         *refs.routes,
         *commits.routes,
         *lfs.routes,
@@ -76,6 +77,7 @@ def _pages() -> list[BaseRoute]:
         Route("/style.css", later("style")),
         Route("/login", later("login_form")),
         Route("/login", _login, methods=["POST"]),
+        Route("/collections/{ns}/{slug}", later("collection")),
         *repo_pages("", later("card")),
         *repo_pages("/tree/{rev}", later("folder")),
         *repo_pages("/tree/{rev}/{path:path}", later("folder")),

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from hubforge.hub.names import KINDS, is_name
+from hubforge.hub.names import KINDS, SINGULAR, is_name, kind_of
 from hubforge.hub.pages import show
 from hubforge.hub.pages.highlight import colours, highlight
 from hubforge.hub.pages.markdown import render
@@ -23,6 +23,7 @@ from hubforge.hub.storage.facts import card_of, parameters_of
 from hubforge.hub.storage.repository import HEADS, TAGS, Commit, Repository
 from hubforge.hub.storage.tree import Entry, Tree
 from hubforge.hub.storage.uploadmode import is_text
+from hubforge.hub.wire import collections
 from hubforge.hub.wire.access import Access
 from hubforge.hub.wire.request import COOKIE, access, body, endpoint, part, repository
 
@@ -102,10 +103,38 @@ def index(request: Request) -> Response:
             head = repo.find("main")
             tree = repo.tree(head)
             rows.append((repo, head, show.facts(repo, tree, card_of(repo, tree).data)))
-    if namespace and not kinds and not rows:
+    lists = [] if kinds else _collections(request, lambda each: namespace in (None, each["owner"]))
+    lists = [(each, number) for each, number in lists if wanted in each["title"].lower()]
+    if namespace and not kinds and not rows and not lists:
         raise Refusal(404, f"{namespace} has no repositories here that you can see.")
     rows.sort(key=lambda row: row[1].date, reverse=True)
-    return _answer(request, "index.html", rows=rows, query=wanted, namespace=namespace, endpoint=endpoint(request))
+    return _answer(
+        request, "index.html", rows=rows, lists=lists, query=wanted, namespace=namespace, endpoint=endpoint(request)
+    )
+
+
+def _collections(request: Request, wanted: Callable[[dict[str, Any]], bool]) -> list[tuple[dict[str, Any], int]]:
+    """Collections the asker may see, each with the number of its items that they may see."""
+    who = access(request)
+    seen = [each for each in collections.shelf_of(request).all() if wanted(each) and collections.can_see(who, each)]
+    return [(each, len(collections.visible_items(request, each))) for each in seen]
+
+
+@_page
+def collection(request: Request) -> Response:
+    found = collections.found(request)
+    shelf, items = request.app.state.shelf, []
+    for item in collections.visible_items(request, found):
+        link, facts, head = f"https://arxiv.org/abs/{item['id']}", None, None
+        if item["type"] == "collection":
+            link = f"/collections/{item['id']}"
+        elif item["type"] != "paper":
+            repo = shelf.get(kind_of(item["type"]), item["id"])
+            head = repo.find("main")
+            tree = repo.tree(head)
+            link, facts = f"/{repo.name}", show.facts(repo, tree, card_of(repo, tree).data)
+        items.append((item, link, facts, head))
+    return _answer(request, "collection.html", found=found, items=items)
 
 
 def style(request: Request) -> Response:
@@ -156,8 +185,13 @@ def card(request: Request) -> Response:
 
     return _answer(
         request, "card.html", html=html, facts=facts, home=home, endpoint=endpoint(request),
+        lists=_collections(request, lambda each: _holds(each, repo)),
         **_frame(repo, "card", commit),
     )  # fmt: skip
+
+
+def _holds(collection: dict[str, Any], repo: Repository) -> bool:
+    return any((item["type"], item["id"]) == (SINGULAR[repo.kind], repo.id) for item in collection["items"])
 
 
 @_page
