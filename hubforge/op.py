@@ -113,8 +113,9 @@ class Artifact:
 
     def read_json(self, name: str) -> Any:
         """The JSON file of that name in the artifact's folder; StepError when it is missing or not JSON."""
+        folder = self.path.parent if self.path.is_file() else self.path
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StepError(f"{name} of {self.name!r} cannot be read: {error}", where=str(self.path)) from error
 
@@ -333,6 +334,7 @@ class Hub:
 
     endpoint: str
     token: str | None = field(default=None, repr=False)
+    patience: float = 1800.0  # seconds of waiting in all, for a Hub that limits or fails
 
 
 class Publisher(Op):

@@ -137,7 +137,7 @@ def open_inputs(op: TensorOp, ctx: Context, stack: ExitStack) -> Inputs:
             adapter = stack.enter_context(open_adapter(artifact.path, str(ref)))
             by_ref[ref] = Deltas(adapter, adapter.on(base))
             continue
-        other = stack.enter_context(open_checkpoint(artifact.path))
+        other = stack.enter_context(open_checkpoint(artifact.path, "fisher" if artifact.kind == "mask" else "model"))
         names = paired(base, Aliases(other, str(other.path)))
         if artifact.kind == "model" and getattr(op, "missing", "base") == "error":
             only = sorted(set(other) - set(names.values()))

@@ -264,17 +264,18 @@ class Checkpoint:
             return self._files[file]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
     """The checkpoint in a folder, or the one file given.
 
-    Looked for in a folder, in this order: model.safetensors, its index, any other single index, any other single
+    Looked for in a folder, in this order: <stem>.safetensors, its index, any other single index, any other single
     safetensors file, pytorch_model.bin (read with weights_only) and its index. Raises SourceError when there is none.
+    stem: "fisher" for a mask, which a published folder holds beside others.
     """
     if path.is_file():
         return _open_pickled(path, [path]) if path.suffix == ".bin" else Checkpoint(path, read_header(path))
     if not path.is_dir():
         raise SourceError("no such folder or file", where=str(path))
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if single.is_file():
         return Checkpoint(path, read_header(single))
     if index.is_file():

@@ -105,6 +105,7 @@ def fisher_folder(tmp_path, model_tensors, names, layers):
     generator = torch.Generator().manual_seed(5)
     fisher = {n: torch.rand(model_tensors[n].shape, generator=generator).square().bfloat16() for n in names}
     save_file(fisher, folder / "fisher.safetensors")
+    save_file({"other.U": torch.zeros(1)}, folder / "subspace.safetensors")  # published folders hold both masks
     sums = {str(i): {"sum": float(i), "mean": 0.0, "count": 1} for i in range(layers)}
     (folder / "layer_importance.json").write_text(json.dumps({"layers": sums}))
     return folder, fisher
@@ -128,6 +129,18 @@ def test_damped_merge_equals_the_formula(how, tmp_path, tiny_llama, tiny_loras, 
         delta = 2.0 * (lora[f"{key}.lora_B.weight"].float() @ lora[f"{key}.lora_A.weight"].float())
         layer = 1.0 - int(name.split(".")[2])  # sums 0 and 1: the top layer does not change
         torch.testing.assert_close(found[name], weights[name].float() + 0.3 * layer * gate * delta)
+
+
+def test_a_mask_may_be_given_as_its_file(tmp_path, tiny_llama, tiny_loras, context, run_op, tensors_of):
+    names = [name for name in tensors_of(tiny_llama) if "proj" in name]
+    folder, _ = fisher_folder(tmp_path, tensors_of(tiny_llama), names, 2)
+    inputs = {"m": ("model", tiny_llama), "a": ("adapter", tiny_loras["one"])}
+    merged = []
+    for mask in (folder, folder / "fisher.safetensors"):
+        ctx = context(**inputs, f=("mask", mask))
+        run_op(Apply(model="m", adapters=["a"], importance="f"), ctx)
+        merged.append(tensors_of(ctx.out))
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
 
 
 def test_a_mask_that_lacks_a_tensor_is_named(tmp_path, tiny_llama, tiny_loras, context, run_op, tensors_of):
