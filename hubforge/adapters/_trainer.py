@@ -236,7 +236,8 @@ def _course(state: Any, seconds: float | None, stops_early: bool) -> Course:
     course = Course(state.global_step, round(float(state.epoch or 0.0), 4), seconds_per_step=seconds)
     for entry in state.log_history:
         if "leak" in entry:
-            course.leaks.append({"step": entry["step"], **entry["leak"]})
+            # Sorted, as they come back from a checkpoint, so that a resumed run writes the same bytes.
+            course.leaks.append({"step": entry["step"], **dict(sorted(entry["leak"].items()))})
         elif "eval_loss" in entry:
             course.eval.append({"step": entry["step"], "loss": entry["eval_loss"]})
         elif "loss" in entry:
