@@ -11,7 +11,6 @@ from hubforge.op import Hub, Metrics, Upload, UploadFile
 from hubforge.publish._explain import HubError
 from hubforge.publish._plan import PushPlan, is_same, plan, tag_taken
 from hubforge.publish._remote import Remote, RemoteFile, has_xet
-from hubforge.publish._retry import PATIENCE
 from hubforge.publish._sending import Meter, additions, changed, check_files
 
 if TYPE_CHECKING:
@@ -21,14 +20,11 @@ _COMMITS = 6  # attempts at one commit, each planned afresh
 _ALONE = 64 << 20  # bytes from which a file is sent by a call of its own, where the client tells no progress
 
 
-def push(upload: Upload, hub: Hub, report: Report, patience: float = PATIENCE) -> Metrics:
-    """Make the repository hold that upload; see `Publisher.push` for what comes back and what is raised.
-
-    patience: seconds of waiting in all, for a Hub that limits or fails.
-    """
+def push(upload: Upload, hub: Hub, report: Report) -> Metrics:
+    """Make the repository hold that upload; see `Publisher.push` for what comes back and what is raised."""
     check_files(upload)
     step = f"publish.{upload.target}"
-    with Remote(hub, upload.repo, report=report, step=step, patience=patience) as remote:
+    with Remote(hub, upload.repo, report=report, step=step) as remote:
         known: dict[str, str] = {}
         found = plan(upload, remote, known)
         created = not found.exists

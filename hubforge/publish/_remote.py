@@ -23,7 +23,7 @@ from hubforge.events import Report, Warned, silent
 from hubforge.op import Hub
 from hubforge.publish._explain import HubError, explain, explained, scrubbed
 from hubforge.publish._paths import shown
-from hubforge.publish._retry import PATIENCE, Retry
+from hubforge.publish._retry import Retry
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -69,12 +69,10 @@ def has_xet(endpoint: str) -> bool:
 class Remote:
     """A repository, open: use it in a `with` block."""
 
-    def __init__(
-        self, hub: Hub, repo: str, *, report: Report = silent, step: str = "", patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, hub: Hub, repo: str, *, report: Report = silent, step: str = "") -> None:
         self.hub, self.repo, self.report, self.step = hub, repo, report, step
         self.endpoint = hub.endpoint.rstrip("/")
-        self.retry = Retry(report, step, patience)
+        self.retry = Retry(report, step, hub.patience)
         self._open = ExitStack()
         self._api: HfApi | None = None
 

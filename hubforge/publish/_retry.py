@@ -11,7 +11,7 @@
 | 412 on a commit                                  | never resent: what to push is planned afresh               |
 | any other 4xx; an answer not understood          | never                                                      |
 
-All waiting of one push together stays below `patience` seconds, and each wait is reported before it begins.
+All waiting of one push stays below `Hub.patience` seconds together, and each wait is reported before it begins.
 Calls that huggingface_hub retries by itself (`client_retries=True`) get no second helping of the short waits: it has
 already waited 1, 2, 4, 8 and 8 s.
 
@@ -31,7 +31,6 @@ from hubforge.publish._explain import HubError
 
 T = TypeVar("T")
 
-PATIENCE = 1800.0  # seconds; the commits-per-hour quota frees one commit every half minute on average
 _SHORT: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
 _QUOTA = (30.0, 60.0, 120.0, 240.0, 480.0)
 
@@ -42,7 +41,7 @@ class Retry:
 
     report: Report = silent
     step: str = ""
-    patience: float = PATIENCE
+    patience: float = 1800.0
     sleep: Callable[[float], None] = field(default_factory=lambda: time.sleep)
     waited: float = field(default=0.0, init=False)
 
