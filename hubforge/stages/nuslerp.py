@@ -1,0 +1,102 @@
+"""Two models joined along the arc between them, or between what they changed in a base: by tensor, row or column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from hubforge.errors import StepError
+from hubforge.op import ModelRef, Place
+from hubforge.stages._models import Merge
+from hubforge.stages.slerp import angle, shares
+from hubforge.tensors.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Nuslerp(Merge):
+    """The point of the arc between two models that their weights tell, or of the arc between their task vectors.
+
+    As `slerp`, the angle is taken by atan2 in float64; where there is no arc it goes along the straight line.
+    """
+
+    formula: ClassVar[str] = "(W₀ +) slerp(T₁, T₂, t),  t = w₂ / (w₁ + w₂),  Tᵢ = Wᵢ (− W₀)"
+    source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242; mergekit 0.1.5, merge_methods/nuslerp.py"
+
+    base_model: ModelRef | None = Field(
+        None, description="What task vectors start from; by default zero, and config and tokenizer are the first's."
+    )
+    models: list[ModelRef] = Field(min_length=2, max_length=2, description="The two models.")
+    weights: list[Schedule] | None = Field(None, description="One factor per model, not divided; by default equal.")
+    along: Literal["tensor", "rows", "columns"] = Field(
+        "tensor",
+        description="What has an angle of its own: a tensor (mergekit's nuslerp_flatten), a row, or a column "
+        "(nuslerp_row_wise, whose name says the reverse).",
+    )
+
+    @property
+    def base_ref(self) -> str:
+        return str(self.base_model or self.models[0])
+
+    def whole(self) -> bool:
+        return self.along == "columns"
+
+    def measures(self) -> bool:
+        return True
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
+        if len(ends := self.ends(w)) < 2 or self.dimension(ends[0]) is not None:
+            return {}
+        a = ends[0].double().flatten()
+        d = ends[1].double().flatten() - a
+        return {"aa": float(a @ a), "ad": float(a @ d), "dd": float(d @ d)}
+
+    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+        ends = self.ends(w)
+        if len(ends) < 2:  # `missing: base`
+            return w[next(model for model in self.models if model in w)]
+        t = self.share(at)
+        dim = self.dimension(ends[0])
+        if dim is None:
+            kept, taken = shares(angle(**at.totals), t)
+            merged = kept * ends[0] + taken * ends[1]
+        else:
+            merged = slerp_along(ends[0], ends[1], t, dim)
+        return merged if self.base_model is None else merged + w[self.base_model]
+
+    def ends(self, w: Mapping[str, Tensor]) -> list[Tensor]:
+        """T₁ and T₂, as far as there are such tensors."""
+        held = [w[model] for model in self.models if model in w]
+        return held if self.base_model is None else [tensor - w[self.base_model] for tensor in held]
+
+    def dimension(self, end: Tensor) -> int | None:
+        """The dimension along which angles are taken; None for the whole tensor, as for every vector."""
+        if self.along == "tensor" or end.dim() < 2:
+            return None
+        return -1 if self.along == "rows" else 0
+
+    def share(self, at: Place) -> float:
+        """t of this tensor."""
+        one, two = (self.of_model(self.weights, index, at) for index in range(2))
+        if one + two == 0:
+            raise StepError(f"the weights for {at.name} sum to 0", mend="Give weights whose sum is not 0.")
+        return two / (one + two)
+
+
+def slerp_along(a: Tensor, b: Tensor, t: float, dim: int) -> Tensor:
+    """Slerp of each of the vectors that lie along a dimension; angles in float64."""
+    import torch
+
+    x = a.double()
+    d = b.double() - x
+    aa, ad, dd = ((u * v).sum(dim, keepdim=True) for u, v in ((x, x), (x, d), (d, d)))
+    theta = torch.atan2((aa * dd - ad * ad).clamp(min=0).sqrt(), aa + ad)
+    sine = theta.sin()
+    straight = ~(sine > 1e-6)
+    sine = sine.masked_fill(straight, 1.0)
+    kept = torch.where(straight, 1 - t, ((1 - t) * theta).sin() / sine)
+    taken = torch.where(straight, t, (t * theta).sin() / sine)
+    return kept.float() * a + taken.float() * b
