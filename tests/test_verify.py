@@ -181,6 +181,20 @@ def test_every_folder_of_a_mask_repository_is_verified_and_the_shared_card_with_
     verify("me/model", hub, folder="two")
 
 
+def test_a_shared_card_that_no_release_lists_is_no_stranger(hub: Hub, make_upload: MakeUpload) -> None:
+    files = {file.path: file for file in make_upload({"fisher.safetensors": BIG}, folder="one").files}
+    record = json.loads(files["one/hubforge.release.json"].content)  # type: ignore[arg-type]
+    record["targets"][0]["files"] = [one for one in record["targets"][0]["files"] if one["path"] != "README.md"]
+    text = json.dumps(record).encode()
+    files["one/hubforge.release.json"] = UploadFile("one/hubforge.release.json", text, len(text), digest(text))
+    sums = f"{digest(BIG)}  fisher.safetensors\n".encode()
+    files["one/SHA256SUMS"] = UploadFile("one/SHA256SUMS", sums, len(sums), digest(sums))
+    push(Upload("masks", "me/model", tuple(files.values()), "m", "one"), hub, silent)
+    by_hand(hub, CommitOperationAdd("notes.md", b"x"))
+    report = verify("me/model", hub)
+    assert report.files == 1 and report.unlisted == ("notes.md",)
+
+
 def test_a_card_whose_front_matter_contradicts_the_release_is_a_fault(hub: Hub, make_upload: MakeUpload) -> None:
     push(make_upload({"config.json": b"{}"}, card="---\nlicense: apache-2.0\n---\n"), hub, silent)
     assert "README.md: says license 'apache-2.0', but the release has mit" in fault_of(hub)

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -17,7 +18,7 @@ from hubforge.op import Hub
 from hubforge.publish.hub import check_access, push
 from hubforge.verify import verify
 from tests.fixtures_publish import TOKEN, MakeUpload
-from tests.publish.faulty import Fault, FaultyHub
+from tests.publish.faulty import Fault, FaultyHub, Scope
 
 
 def at(part: str, fault: Fault) -> Callable[[str, str], Fault | None]:
@@ -85,3 +86,31 @@ def test_without_a_token_none_is_sent(tmp_path: Path, make_upload: MakeUpload, m
     finally:
         set_client_factory(default_client_factory)
     assert seen and set(seen) == {""}
+
+
+def test_a_download_that_is_sent_elsewhere_does_not_take_the_token_along(
+    tmp_path: Path, make_upload: MakeUpload
+) -> None:
+    """As the real Hub does with large files, which lie on another host."""
+
+    class Storage(FaultyHub):
+        async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
+            self.asked = {name.decode(): value.decode() for name, value in scope["headers"]}
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"w" * 5000})
+
+    class Redirecting(FaultyHub):
+        async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
+            if scope["path"].endswith("/model.safetensors"):
+                headers = [(b"location", f"{storage.endpoint}/blob".encode())]
+                await send({"type": "http.response.start", "status": 302, "headers": headers})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await super()._serve(scope, receive, send)
+
+    settings = HubSettings(tokens={TOKEN: "me"}, lfs_from=2000)
+    with Storage(tmp_path / "other", settings) as storage, Redirecting(tmp_path / "hub", settings) as server:
+        hub = Hub(server.endpoint, TOKEN)
+        push(make_upload({"model.safetensors": b"w" * 5000}), hub, lambda event: None)
+        assert verify("me/model", hub, deep=True).folders[0].downloaded == 2
+        assert "authorization" not in storage.asked
