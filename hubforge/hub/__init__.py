@@ -13,15 +13,18 @@ from __future__ import annotations
 from hubforge.hub.config import read_settings, read_tokens
 from hubforge.hub.server import LocalHub, ensure_running, serve, stop_running
 from hubforge.hub.settings import HubSettings, Quota
+from hubforge.hub.storage.garbage import Collected, collect
 from hubforge.hub.tokens import Publisher, Scope, Token
 
 __all__ = [
+    "Collected",
     "HubSettings",
     "LocalHub",
     "Publisher",
     "Quota",
     "Scope",
     "Token",
+    "collect",
     "ensure_running",
     "read_settings",
     "read_tokens",

@@ -21,7 +21,7 @@ from hubforge.hub.storage.shelf import Shelf
 from hubforge.hub.wire import collections, commits, files, lfs, oauth, refs, repos, talk
 from hubforge.hub.wire.access import Signer
 from hubforge.hub.wire.quotas import Quotas, asker_of
-from hubforge.hub.wire.request import gone, lost, refused, request_id
+from hubforge.hub.wire.request import Moved, gone, lost, moved, refused, request_id
 
 # `refs/pr/1` may also come unquoted, as people write it; routes know it as one segment.
 _REFS: Final = re.compile(r"/refs/(pr|heads|tags|convert)/([^/]+)")
@@ -51,7 +51,7 @@ def make_app(folder: Path, settings: HubSettings, *, host: str) -> ASGIApp:
     ]
     app = Starlette(
         routes=[*wire, *_pages(), Route("/{rest:path}", _unknown, methods=["GET", "POST", "PUT", "DELETE", "PATCH"])],
-        exception_handlers={Refusal: refused, ClientDisconnect: gone, FileNotFoundError: lost},
+        exception_handlers={Refusal: refused, Moved: moved, ClientDisconnect: gone, FileNotFoundError: lost},
     )
     app.state.shelf, app.state.settings, app.state.signer = shelf, settings, Signer(shelf.about["secret"])
     app.state.quotas = Quotas(settings)

@@ -58,8 +58,9 @@ def test_delete_and_move(api: HfApi, repo: str):
     api.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id=repo)
     api.move_repo(repo, "me/other")
     assert "a.txt" in files(api, "me/other")
-    assert not api.repo_exists(repo)
+    assert api.repo_info(repo).id == "me/other"  # The old name leads to it,
     api.delete_repo("me/other")
+    assert not api.repo_exists(repo)  # as long as it is there.
     with pytest.raises(RepositoryNotFoundError):
         api.delete_repo("me/other")
     api.create_repo("me/other")

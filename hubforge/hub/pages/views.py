@@ -82,6 +82,7 @@ def _frame(repo: Repository, tab: str, commit: Commit | None = None, revision: s
         "visibility": repo.about()["visibility"],
         "gated": repo.about()["gated"],
         "branches": [name.removeprefix(HEADS) for name in refs if name.startswith(HEADS)],
+        "notes": repo.tag_notes(),
         "tags": [name.removeprefix(TAGS) for name in refs if name.startswith(TAGS)],
         "talks": len(discussions.numbers(repo)),
     }

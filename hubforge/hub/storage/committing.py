@@ -34,7 +34,7 @@ Change = Put | Delete | DeleteFolder
 
 def lfs_entry(repo: Repository, path: str, sha256: str, size: int | None) -> Entry:
     """The entry of an LFS file that was uploaded before; refused when it was not, or has another size."""
-    stored = repo.objects.lfs_size(sha256)
+    stored = repo.objects.keep_lfs(sha256)
     if stored is None:
         raise Refusal(400, f"Your push was rejected: the LFS object {sha256} of {path} was not uploaded")
     if size is not None and size != stored:
@@ -108,6 +108,9 @@ def commit_on(
     files = apply(before.files, changes, head.id)
     if files == before.files:
         return head
+    for path, entry in files.items():
+        if entry != before.files.get(path) and not repo.path_of(entry).exists():
+            raise Refusal(409, f"The contents of {path} are no longer here: send them again")
     card = files.get("README.md")
     if card is not None and card != before.files.get("README.md"):
         check_card(repo.read(card, 1 << 20))

@@ -31,7 +31,7 @@ class Objects:
         """Store a regular file; its git blob id."""
         oid = blob_id(data)
         path = self.blob(oid)
-        if not path.exists():
+        if not _touched(path):
             self.incoming.mkdir(parents=True, exist_ok=True)
             write_whole(path, data, scratch=self.incoming)
         return oid
@@ -42,6 +42,10 @@ class Objects:
             return self.lfs(sha256).stat().st_size
         except FileNotFoundError:
             return None
+
+    def keep_lfs(self, sha256: str) -> int | None:
+        """The same, and whoever collects garbage lets it live for the commit that is to come."""
+        return self.lfs_size(sha256) if _touched(self.lfs(sha256)) else None
 
     def receive(self, sha256: str, size: int) -> Receiving:
         """An upload that becomes an LFS file if what arrives is what was announced."""
@@ -103,6 +107,15 @@ class Objects:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
         sync_folder(target.parent)
+
+
+def _touched(path: Path) -> bool:
+    """Whether a file is there, its time made now. Not `exists`: it may be collected between a look and its use."""
+    try:
+        os.utime(path)
+        return True
+    except FileNotFoundError:
+        return False
 
 
 class Receiving:

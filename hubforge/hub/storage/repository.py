@@ -2,6 +2,7 @@
 
 ```
 repo.json      visibility, gate, date of creation
+tags.json      {"v1": {"message", "author", "date"}}: the tags that came with a message
 refs.json      {"refs/heads/main": commit, "refs/tags/v1": ..., "refs/pr/1": ...}; replaced whole, never edited
 commits/ID     JSON, never changed; ID is git's commit id
 trees/ID       JSON rows of files, never changed; ID is git's tree id
@@ -110,6 +111,25 @@ class Repository:
         """Point references elsewhere, or drop them (None), all at once. The caller holds the lock."""
         refs = {**self.refs(), **changes}
         self.write_json("refs.json", {name: commit for name, commit in sorted(refs.items()) if commit})
+
+    def tag_notes(self) -> dict[str, dict[str, Any]]:
+        """What was said of tags when they were made: `message`, `author`, `date` (seconds), by tag."""
+        try:
+            notes: dict[str, dict[str, Any]] = json.loads((self.folder / "tags.json").read_bytes())
+            return notes
+        except FileNotFoundError:
+            return {}
+
+    def set_tag(self, tag: str, commit: str | None, note: Mapping[str, Any] | None = None) -> None:
+        """Make a tag, or drop it (None). The caller holds the lock."""
+        notes = self.tag_notes()
+        before = dict(notes)
+        notes.pop(tag, None)
+        if note:
+            notes[tag] = dict(note)
+        if notes != before:  # First: a note without its tag is shown nowhere.
+            self.write_json("tags.json", notes)
+        self.set_refs({TAGS + tag: commit})
 
     def branch(self, revision: str) -> str:
         """The full name of the branch or pull request that a revision names: the ones that can be committed to."""

@@ -20,6 +20,7 @@ from hubforge.hub.storage.tree import Entry
 from hubforge.hub.storage.uploadmode import GITATTRIBUTES
 
 FORMAT = 1
+_MOVES = 8  # That are followed from an old name to the present one.
 
 
 class Shelf:
@@ -38,7 +39,7 @@ class Shelf:
                 where=str(folder),
                 mend="Name a folder that you may write to.",
             ) from error
-        self._sweep()
+        self.sweep()
 
     def _open(self) -> dict[str, Any]:
         path = self.folder / "hub.json"
@@ -68,8 +69,8 @@ class Shelf:
         found: dict[str, Any] = about
         return found
 
-    def _sweep(self, older: float = 86400.0) -> None:
-        """Remove what uploads and deletions left behind more than a day ago; another server may be at work now."""
+    def sweep(self, older: float = 86400.0) -> None:
+        """Remove what uploads and deletions left behind so many seconds ago; another server may be at work now."""
         limit = time.time() - older
         for path in [*self.scratch.iterdir(), *self.folder.glob("repos/*/*/*/incoming/*")]:
             try:
@@ -86,10 +87,20 @@ class Shelf:
         return Repository(self.folder / "repos" / kind / namespace / name, lock, kind, id)
 
     def get(self, kind: Kind, id: str) -> Repository:
+        """The repository of that id, or the one that moved away from it and is now named otherwise."""
         repo = self._repository(kind, id)
-        if not (repo.folder / "repo.json").exists():
-            raise no_repository()
-        return repo
+        for _ in range(_MOVES):
+            if (repo.folder / "repo.json").exists():
+                return repo
+            try:
+                repo = self._repository(kind, self._forwarding(repo).read_text())
+            except FileNotFoundError:
+                break
+        raise no_repository()
+
+    def _forwarding(self, repo: Repository) -> Path:
+        """Where it is written what a repository that moved away is named now."""
+        return self.folder / "moved" / repo.kind / repo.namespace / repo.id.partition("/")[2]
 
     def all(self, kind: Kind | None = None) -> Iterator[Repository]:
         for each in KINDS if kind is None else (kind,):
@@ -126,13 +137,17 @@ class Shelf:
 
     def _put(self, folder: Path, repo: Repository) -> None:
         """Give a finished folder its place, unless it is taken. The caller holds the lock."""
-        if (repo.folder / "repo.json").exists():
-            raise Refusal(409, f"You already created this {repo.kind[:-1]} repo")
+        self._check_free(repo)
         repo.folder.parent.mkdir(parents=True, exist_ok=True)
         if repo.folder.exists():  # An upload that outlived its repository left this.
             repo.folder.rename(self.scratch / secrets.token_hex(8))
         folder.rename(repo.folder)
         sync_folder(repo.folder.parent)
+        self._forwarding(repo).unlink(missing_ok=True)  # The name is somebody's again.
+
+    def _check_free(self, repo: Repository) -> None:
+        if (repo.folder / "repo.json").exists():
+            raise Refusal(409, f"You already created this {repo.kind[:-1]} repo")
 
     def delete(self, repo: Repository) -> None:
         grave = self.scratch / secrets.token_hex(8)
@@ -142,6 +157,7 @@ class Shelf:
             except FileNotFoundError:
                 raise no_repository() from None
             sync_folder(repo.folder.parent)
+            self._forwarding(repo).unlink(missing_ok=True)
         shutil.rmtree(grave, ignore_errors=True)
 
     def move(self, repo: Repository, to: str) -> Repository:
@@ -151,6 +167,9 @@ class Shelf:
         if first.id == second.id:
             return target
         with first.lock(), second.lock():
+            self._check_free(target)
+            # Written first: killed in between, the repository is still found where it is.
+            write_whole(self._forwarding(repo), to.encode())
             self._put(repo.folder, target)
         return target
 

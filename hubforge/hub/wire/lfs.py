@@ -46,7 +46,7 @@ def batch(request: Request, data: dict[str, Any]) -> Response:
         if not is_sha256(oid) or not isinstance(size, int) or size < 0:
             answer["error"] = {"code": 422, "message": "An object needs a sha256 and a size"}
             continue
-        stored = repo.objects.lfs_size(oid)
+        stored = repo.objects.keep_lfs(oid) if upload else repo.objects.lfs_size(oid)
         if not upload:
             if stored is None:
                 answer["error"] = {"code": 404, "message": "Object does not exist"}

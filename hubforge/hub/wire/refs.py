@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from starlette.requests import Request
@@ -10,8 +11,10 @@ from starlette.responses import JSONResponse, Response
 from hubforge.hub.names import check_ref_name
 from hubforge.hub.refusal import Refusal, no_revision
 from hubforge.hub.storage.committing import squash
-from hubforge.hub.storage.repository import HEADS, MAIN, PULLS, TAGS
+from hubforge.hub.storage.repository import HEADS, MAIN, PULLS, TAGS, Repository
 from hubforge.hub.wire.request import access, part, repo_api, repository, text_of, with_json
+
+_MESSAGE = 10_000  # Letters of a tag's message that are kept.
 
 
 def refs(request: Request) -> Response:
@@ -30,43 +33,50 @@ def refs(request: Request) -> Response:
     return JSONResponse(shown)
 
 
-def _add(request: Request, name: str, revision: str, what: str) -> Response:
+def _check_new(repo: Repository, name: str, what: str) -> None:
+    if name in repo.refs():
+        raise Refusal(409, f"{what} {name.partition('/')[2].partition('/')[2]} already exists")
+
+
+def add_tag(request: Request, data: dict[str, Any]) -> Response:
     repo = repository(request, write=True)
+    tag, message = check_ref_name(data.get("tag")), text_of(data, "message").strip()
+    note = {"message": message[:_MESSAGE], "author": access(request).user, "date": int(time.time())}
     with repo.lock():
-        if name in repo.refs():
-            raise Refusal(409, f"{what} {name.partition('/')[2].partition('/')[2]} already exists")
-        commit = repo.find(revision)
+        _check_new(repo, TAGS + tag, "Tag")
+        commit = repo.find(part(request, "rev"))
+        repo.set_tag(tag, commit.id, note if message else None)
+    return JSONResponse({"ref": TAGS + tag, "targetCommit": commit.id})
+
+
+def add_branch(request: Request, data: dict[str, Any]) -> Response:
+    repo = repository(request, write=True)
+    name = HEADS + check_ref_name(part(request, "rev"))
+    with repo.lock():
+        _check_new(repo, name, "Branch")
+        commit = repo.find(text_of(data, "startingPoint") or "main")
         repo.set_refs({name: commit.id})
     return JSONResponse({"ref": name, "targetCommit": commit.id})
 
 
-def _drop(request: Request, name: str) -> Response:
-    repo = repository(request, write=True)
+def drop_tag(request: Request) -> Response:
+    repo, tag = repository(request, write=True), part(request, "rev")
+    with repo.lock():
+        if TAGS + tag not in repo.refs():
+            raise no_revision(TAGS + tag)
+        repo.set_tag(tag, None)
+    return JSONResponse({})
+
+
+def drop_branch(request: Request) -> Response:
+    repo, name = repository(request, write=True), HEADS + part(request, "rev")
+    if name == MAIN:
+        raise Refusal(403, "The main branch cannot be deleted")
     with repo.lock():
         if name not in repo.refs():
             raise no_revision(name)
         repo.set_refs({name: None})
     return JSONResponse({})
-
-
-def add_tag(request: Request, data: dict[str, Any]) -> Response:
-    return _add(request, TAGS + check_ref_name(data.get("tag")), part(request, "rev"), "Tag")
-
-
-def add_branch(request: Request, data: dict[str, Any]) -> Response:
-    start = text_of(data, "startingPoint") or "main"
-    return _add(request, HEADS + check_ref_name(part(request, "rev")), start, "Branch")
-
-
-def drop_tag(request: Request) -> Response:
-    return _drop(request, TAGS + part(request, "rev"))
-
-
-def drop_branch(request: Request) -> Response:
-    name = HEADS + part(request, "rev")
-    if name == MAIN:
-        raise Refusal(403, "The main branch cannot be deleted")
-    return _drop(request, name)
 
 
 def super_squash(request: Request, data: dict[str, Any]) -> Response:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hubforge.hub.names import Kind, check_name, kind_of, prefix_of
-from hubforge.hub.refusal import Refusal
+from hubforge.hub.refusal import Refusal, no_repository
 from hubforge.hub.storage import facts
 from hubforge.hub.storage.front_matter import check_front_matter
 from hubforge.hub.storage.shelf import Shelf
@@ -73,7 +73,10 @@ def delete(request: Request, data: dict[str, Any]) -> Response:
     who = access(request)
     id = f"{data.get('organization') or who.user}/{data.get('name')}"
     shelf: Shelf = request.app.state.shelf
-    shelf.delete(who.check(shelf, kind_of(data.get("type")), id, write=True))
+    repo = who.check(shelf, kind_of(data.get("type")), id, write=True)
+    if repo.id != id:  # An old name: what is called otherwise now is not removed by mistake.
+        raise no_repository()
+    shelf.delete(repo)
     return JSONResponse({})
 
 

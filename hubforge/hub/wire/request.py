@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from hubforge.hub.names import KINDS, Kind
@@ -57,10 +57,27 @@ def kind_in(request: Request) -> Kind:
     raise Refusal(404, "Not found")
 
 
+class Moved(Exception):
+    """The repository has another name now: its address there."""
+
+
 def repository(request: Request, *, write: bool = False) -> Repository:
-    """The repository an address names, if the asker may see it (and, for `write`, change it)."""
-    who = access(request)
-    return who.check(request.app.state.shelf, kind_in(request), f"{part(request, 'ns')}/{part(request, 'name')}", write)
+    """The repository an address names, if the asker may see it (and, for `write`, change it).
+
+    One that was moved is found by its old name: who reads is sent to the new one, who writes need not notice.
+    """
+    who, ns, name = access(request), part(request, "ns"), part(request, "name")
+    repo = who.check(request.app.state.shelf, kind_in(request), f"{ns}/{name}", write)
+    if repo.id != f"{ns}/{name}" and request.method in ("GET", "HEAD"):
+        old = f"/{request.path_params['ns']}/{request.path_params['name']}"
+        path = str(request.scope["path"]).replace(old, f"/{repo.id}", 1)
+        raise Moved(f"{path}?{request.url.query}" if request.url.query else path)
+    return repo
+
+
+def moved(request: Request, error: Exception) -> Response:
+    """307, and relative, as the client follows it with its token."""
+    return RedirectResponse(str(error), 307)
 
 
 def endpoint(request: Request) -> str:
@@ -163,9 +180,12 @@ def gone(request: Request, error: Exception) -> Response:
 def lost(request: Request, error: Exception) -> Response:
     """A stored file is not there: its repository was deleted meanwhile, or someone took it from the folder."""
     try:
-        repository(request)
+        if "ns" in request.path_params:  # Addresses of uploads name no repository, and may be tried again.
+            repository(request)
     except Refusal as refusal:
         return refused(request, refusal)
+    except Moved as error:
+        return moved(request, error)
     return JSONResponse({"error": "A stored file is missing from the Hub's folder"}, 500)
 
 
