@@ -60,7 +60,7 @@ def _collect(repo: Repository, limit: float, dry_run: bool) -> Collected:
     for path in list(repo.folder.rglob(".*.dead")):  # A `collect` was killed here.
         path.replace(path.with_name(path.name[1:].removesuffix(".dead")))
     for path in list(repo.folder.rglob(".*.part")):
-        _remove(path, limit, dry_run)
+        _remove(path, min(limit, time.time() - HOUR), dry_run)
     commits, trees, contents = reachable(repo)
     gone = Collected(repositories=1)
     for path in _files(repo, "commits"):
