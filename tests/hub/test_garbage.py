@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -118,18 +119,19 @@ def test_a_killed_collection_is_finished_by_the_next(local_hub: LocalHub, api: H
 
 def test_pushing_while_garbage_is_collected_tears_nothing(local_hub: LocalHub, api: HfApi, repo: str):
     """older=0 takes even what was just uploaded: a push may then be refused, but what is acknowledged is whole."""
-    stop, rounds, refused = threading.Event(), [0], 0
+    stop, rounds, refused, chance = threading.Event(), [0], 0, random.Random(3)
 
     def collecting() -> None:
         while not stop.is_set():
             collect(local_hub.folder, older=0)
             rounds[0] += 1
+            time.sleep(chance.random() * 0.3)
 
     thread = threading.Thread(target=collecting)
     thread.start()
     acknowledged = []
     try:
-        for number in range(25):
+        for number in range(30):
             adds = [add("n.txt", str(number % 3).encode()), add("w.bin", b"\0" + bytes([number % 4]))]
             try:
                 acknowledged.append(api.create_commit(repo, adds, commit_message=str(number)).oid)
@@ -140,7 +142,7 @@ def test_pushing_while_garbage_is_collected_tears_nothing(local_hub: LocalHub, a
     finally:
         stop.set()
         thread.join()
-    assert rounds[0] > 3 and len(acknowledged) > 3
+    assert rounds[0] > 3 and len(acknowledged) > 3, refused
     check_whole(local_hub.folder)
     kept = {commit.id for commit in Shelf(local_hub.folder).get("models", repo).history(
         Shelf(local_hub.folder).get("models", repo).find("main"))}  # fmt: skip
