@@ -14,6 +14,7 @@ from hubforge.hub.config import read_settings, read_tokens
 from hubforge.hub.server import LocalHub, ensure_running, serve, stop_running
 from hubforge.hub.settings import HubSettings, Quota
 from hubforge.hub.storage.garbage import Collected, collect
+from hubforge.hub.storage.scans import set_scan
 from hubforge.hub.tokens import Publisher, Scope, Token
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "read_settings",
     "read_tokens",
     "serve",
+    "set_scan",
     "stop_running",
 ]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -141,6 +141,12 @@ class LocalHub:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint, token=token)
+
+    def set_scan(self, repo: str, files: Mapping[str, str] | None, *, done: bool = True) -> None:
+        """Say what a security scan found in a repository: path -> `safe`, `unsafe`, `queued` ... See `set_scan`."""
+        from hubforge.hub.storage.scans import set_scan
+
+        set_scan(self.folder, repo, files, done=done)
 
 
 def _answers(endpoint: str, id: str) -> bool:

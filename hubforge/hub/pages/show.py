@@ -74,6 +74,7 @@ def facts(repo: Repository, tree: Tree, card: dict[str, Any]) -> dict[str, Any]:
         "datasets": known["datasets"],
         "base_model": known["base_model"],
         "relation": card.get("base_model_relation") if isinstance(card.get("base_model_relation"), str) else None,
+        "new_version": card.get("new_version") if isinstance(card.get("new_version"), str) else None,
         "task": card.get("pipeline_tag") if isinstance(card.get("pipeline_tag"), str) else None,
         "library": known["library_name"][:1],
         "tags": [tag for tag in plain if tag not in known["library_name"] and tag != card.get("pipeline_tag")],

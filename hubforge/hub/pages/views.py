@@ -20,7 +20,9 @@ from hubforge.hub.refusal import Refusal, no_entry
 from hubforge.hub.storage import discussions
 from hubforge.hub.storage.diffs import diff
 from hubforge.hub.storage.facts import card_of, parameters_of
+from hubforge.hub.storage.releases import releases_of
 from hubforge.hub.storage.repository import HEADS, TAGS, Commit, Repository
+from hubforge.hub.storage.scans import Scan
 from hubforge.hub.storage.tree import Entry, Tree
 from hubforge.hub.storage.uploadmode import is_text
 from hubforge.hub.wire import collections
@@ -186,7 +188,7 @@ def card(request: Request) -> Response:
 
     return _answer(
         request, "card.html", html=html, facts=facts, home=home, endpoint=endpoint(request),
-        lists=_collections(request, lambda each: _holds(each, repo)),
+        lists=_collections(request, lambda each: _holds(each, repo)), releases=releases_of(repo, tree),
         **_frame(repo, "card", commit),
     )  # fmt: skip
 
@@ -209,8 +211,18 @@ def folder(request: Request) -> Response:
     last = repo.last_changes(commit, paths)
     paths.sort(key=lambda each: (each in tree.files, each))
     rows = [(each, tree.files.get(each), last.get(each)) for each in paths]
+    scan = Scan(repo)
+    scans = {each: scan.status(each) for each in paths if each in tree.files} if scan else {}
     total = sum(entry.size for each, entry in tree.files.items() if not path or each.startswith(path + "/"))
-    return _answer(request, "folder.html", path=path, rows=rows, total=total, **_frame(repo, "files", commit, revision))
+    return _answer(
+        request,
+        "folder.html",
+        path=path,
+        rows=rows,
+        total=total,
+        scans=scans,
+        **_frame(repo, "files", commit, revision),
+    )
 
 
 @_page

@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from hubforge.hub.refusal import Refusal, no_entry
 from hubforge.hub.storage.facts import iso
 from hubforge.hub.storage.repository import Commit, Repository
+from hubforge.hub.storage.scans import Scan
 from hubforge.hub.storage.tree import Tree
 from hubforge.hub.wire.repos import paged
 from hubforge.hub.wire.request import access, body, part, repo_api, repo_pages, repository
@@ -48,12 +49,15 @@ def _window(request: Request, paths: list[str]) -> list[str]:
 
 
 def entries(repo: Repository, commit: Commit, files: Tree, paths: list[str], expand: bool) -> list[dict[str, Any]]:
-    """Files and folders as the Hub lists them. expand: with the last commit that touched each."""
+    """Files and folders as the Hub lists them. expand: with the last commit that touched each, and what a scan said."""
     last = repo.last_changes(commit, paths) if expand else {}
+    scan = Scan(repo) if expand else None
     shown = []
     for path in paths:
         if path in files.files:
             entry: dict[str, Any] = files.files[path].as_json()
+            if scan:
+                entry["securityFileStatus"] = scan.of_file(path)
         elif path and path in files.folders:
             entry = {"type": "directory", "oid": files.folders[path], "size": 0, "path": path}
         else:

@@ -13,6 +13,7 @@ from hubforge.hub.names import Kind, check_name, kind_of, prefix_of
 from hubforge.hub.refusal import Refusal, no_repository
 from hubforge.hub.storage import facts
 from hubforge.hub.storage.front_matter import check_front_matter
+from hubforge.hub.storage.scans import Scan
 from hubforge.hub.storage.shelf import Shelf
 from hubforge.hub.wire.request import access, endpoint, kind_in, part, repo_api, repository, text_of, with_json
 
@@ -128,7 +129,16 @@ def validate_yaml(request: Request, data: dict[str, Any]) -> Response:
 def info(request: Request) -> Response:
     repo = repository(request)
     commit = repo.find(part(request, "rev") or "main")
-    return JSONResponse(facts.info(repo, commit, blobs=request.query_params.get("blobs", "").lower() in ("true", "1")))
+    asked = {key for key, value in request.query_params.items() if value.lower() in ("true", "1")}
+    seen = facts.info(repo, commit, blobs="blobs" in asked)
+    scan = (
+        Scan(repo)
+        if "securityStatus" in asked or "securityRepoStatus" in request.query_params.getlist("expand")
+        else None
+    )
+    if scan:
+        seen["securityRepoStatus"] = scan.of_repository(repo.tree(commit))
+    return JSONResponse(seen)
 
 
 def listing(request: Request) -> Response:
