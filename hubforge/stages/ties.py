@@ -49,6 +49,13 @@ class Ties(Op):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Element type of the factors.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_of_models(cls, fields: object) -> object:
+        if isinstance(fields, dict) and "models" in fields:
+            raise ValueError("`op: ties` merges adapters; `op: ties_models` merges models")
+        return fields
+
     @model_validator(mode="after")
     def _one_weight_each(self) -> Ties:
         if self.weights is not None and len(self.weights) != len(self.adapters):

@@ -5,6 +5,7 @@ import torch
 
 from hubforge.errors import StepError
 from hubforge.stages.task_arithmetic import TaskArithmetic
+from hubforge.stages.ties import Ties
 from hubforge.stages.ties_models import TiesModels
 
 
@@ -103,3 +104,8 @@ def test_a_tensor_that_a_model_lacks(checkpoint_folder, context, run_op, tensors
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         TiesModels(**{"base_model": "m", "models": ["a"]} | fields)
+
+
+def test_ties_of_adapters_points_here():
+    with pytest.raises(ValueError, match="`op: ties_models` merges models"):
+        Ties(models=["a", "b"], base_model="m")

@@ -1,0 +1,226 @@
+"""Layers of one or several models stacked into a model of another depth."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from hubforge.errors import StepError
+from hubforge.op import Context, Kind, Metrics, ModelRef, Op
+from hubforge.tensors import dtypes
+from hubforge.tensors.layout import GB, lay_out
+from hubforge.tensors.names import Aliases, canonical, layer_of
+from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint
+from hubforge.tensors.schedule import Schedule, depth_of, value_at
+from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
+from hubforge.tensors.writer import Piece, Writer, piece_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 64 << 20  # bytes held at once
+_BEFORE = ("embed", "wte", "wpe", "word_embeddings", "shared")  # how tensors before the layers are called
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+class Slice(BaseModel):
+    """Neighbouring layers of one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: ModelRef = Field(description="The model the layers come from.")
+    layers: tuple[int, int] = Field(description="[first, last): counted from 0, the last not included.")
+    scale: Schedule = Field(
+        1.0, description="A factor of the tensors: `{o_proj: 0, down_proj: 0, default: 1}` lets layers pass through."
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layers(cls, layers: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= layers[0] < layers[1]:
+            raise ValueError(f"{list(layers)} holds no layers: the first is counted from 0, the last is not included")
+        return layers
+
+
+class Passthrough(Op):
+    """A model of the named layers, in their order: those of several models in turn, or some of them twice.
+
+    What stands before the layers comes from the first slice's model, as do config and tokenizer; what stands behind
+    them from the last one's. Bytes are copied unless a scale or `dtype` says otherwise. The config's number of layers
+    is set, and its lists that have one entry for each layer follow the slices.
+    """
+
+    makes: ClassVar[Kind] = "model"
+    resumable: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
+    extra: ClassVar[str] = "merge"
+    formula: ClassVar[str] = "layers of W₁ [first, last), then of W₂ [first, last), ..."
+    source: ClassVar[str] = "Kim et al. 2023, arXiv:2312.15166 (depth up-scaling); mergekit's passthrough"
+
+    slices: list[Slice] = Field(min_length=1, description="The layers, from the first to the last.")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Element type of the output; by default each tensor keeps its own."
+    )
+    max_shard_size: float = Field(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
+
+    def run(self, ctx: Context) -> Metrics:
+        with ExitStack() as stack:
+            models = {ref: stack.enter_context(open_checkpoint(ctx.path(ref))) for ref in self._models()}
+            configs = {ref: check_side_files(ctx.path(ref)) for ref in models}
+            depths = {ref: depth(configs[ref], ref, ctx) for ref in models}
+            for part in self.slices:
+                if part.layers[1] > depths[part.model]:
+                    what = f"{part.model} has {depths[part.model]} layers, so there are no layers {list(part.layers)}"
+                    raise StepError(what, where=ctx.where)
+            config = self.stacked(configs, ctx)
+            pieces = list(self.pieces(models, depths, ctx))
+            layout = lay_out(((p.name, p.dtype, p.info.shape) for p in pieces), int(self.max_shard_size * GB))
+            ctx.out.mkdir(parents=True, exist_ok=True)
+            keys = {ref: ctx.inputs[ref].key for ref in models}
+            identity = json.dumps([self.version, self.model_dump(mode="json"), keys], sort_keys=True)
+            places = {p.name: piece_of(layout.slots[p.name], 0, 0, p.info.rows) for p in pieces}
+            writer = Writer(ctx.out, layout, list(places.values()), identity)
+            stack.callback(writer.close)
+            pieces.sort(key=lambda p: (places[p.name].file, places[p.name].start))
+            for source in ctx.track(pieces, unit="tensors"):
+                if places[source.name].key not in writer.finished:
+                    source.write(writer, places[source.name])
+            first = ctx.path(self.slices[0].model)
+            copy_side_files(first, ctx.out, lambda _: set_dtype(config, self.dtype) if self.dtype else config)
+            ctx.sha256.update(writer.complete())
+        return {
+            "parameters": sum(p.info.elements for p in pieces),
+            "bytes": layout.nbytes,
+            "tensors": len(pieces),
+            "layers": sum(part.layers[1] - part.layers[0] for part in self.slices),
+        }
+
+    def _models(self) -> list[ModelRef]:
+        return list(dict.fromkeys(part.model for part in self.slices))
+
+    def pieces(self, models: dict[ModelRef, Checkpoint], depths: dict[ModelRef, int], ctx: Context) -> Iterator[Source]:
+        """Every tensor of the output and where it comes from."""
+        first, last = models[self.slices[0].model], models[self.slices[-1].model]
+        behind = Aliases(last, str(last.path))
+        for name, info in first.tensors.items():
+            if layer_of(name) is None:
+                before = canonical(name).startswith(_BEFORE)
+                own = name if before else behind.find(name)
+                if own is None:
+                    raise StepError(f"{self.slices[-1].model} has no tensor {name}", where=ctx.where)
+                yield self._source(name, first if before else last, info if before else last.info(own), 1.0)
+        number = 0
+        for part in self.slices:
+            held = layers_of(models[part.model])
+            for layer in range(*part.layers):
+                for info in held.get(layer, []):
+                    scale = value_at(part.scale, info.name, depth_of(layer, depths[part.model]))
+                    name = renumbered(info.name, layer, number, like=first)
+                    yield self._source(name, models[part.model], info, scale)
+                number += 1
+
+    def _source(self, name: str, checkpoint: Checkpoint, info: TensorInfo, scale: float) -> Source:
+        is_float = info.dtype in dtypes.FLOATS
+        if scale != 1 and not is_float:
+            raise StepError(f"{info.name} in {info.file} is {info.dtype}, which cannot be scaled")
+        wanted = dtypes.from_torch(self.dtype) if self.dtype and is_float else info.dtype
+        return Source(name, checkpoint, info, wanted, scale)
+
+    def stacked(self, configs: dict[ModelRef, dict[str, Any]], ctx: Context) -> dict[str, Any]:
+        """The first model's config with the number of layers, and its lists of one entry for each, as stacked."""
+        config: dict[str, Any] = json.loads(json.dumps(configs[self.slices[0].model]))
+        text, _ = text_config(config)
+        for name in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+            if text.get(name):
+                what = f"{name} is {text[name]}: layers of such a model depend on their place, and cannot be stacked"
+                raise StepError(what, where=ctx.where)
+        chosen = [(text_config(configs[part.model])[0], part.layers) for part in self.slices]
+        for part, (theirs, _) in zip(self.slices, chosen, strict=True):
+            for name in ("model_type", "hidden_size"):
+                if theirs.get(name) != text.get(name):
+                    what = (
+                        f"{name} is {text.get(name)} in {self.slices[0].model}, but {theirs.get(name)} in {part.model}"
+                    )
+                    raise StepError(
+                        what, where=ctx.where, mend="Only layers of one architecture and width fit together."
+                    )
+        for name, value in text.items():
+            if name in _DEPTHS:
+                text[name] = sum(last - first for _, (first, last) in chosen)
+            elif isinstance(value, list) and "layer" in name and len(value) == _depth_in(configs[self.slices[0].model]):
+                text[name] = [entry for theirs, (first, last) in chosen for entry in theirs[name][first:last]]
+        return config
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the output: from which checkpoint, as which dtype, times what."""
+
+    name: str
+    checkpoint: Checkpoint
+    info: TensorInfo
+    dtype: str
+    scale: float
+
+    def write(self, writer: Writer, piece: Piece) -> None:
+        rows = max(1, BLOCK * self.info.rows // max(self.info.nbytes, 1))
+        crc = offset = 0
+        for first in range(0, self.info.rows, rows):
+            view = memoryview(self.read(first, min(first + rows, self.info.rows)).numpy())
+            crc = zlib.crc32(view, crc)
+            writer.write(piece, offset, view)
+            offset += len(view)
+        writer.finish(piece, crc)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """The bytes of some rows, as they go to the output."""
+        import torch
+
+        if self.scale == 1 and self.dtype == self.info.dtype:
+            return self.checkpoint.read_bytes(self.info.name, first, last)
+        rows = self.checkpoint.read_rows(self.info.name, first, last).float() * self.scale
+        return rows.to(dtypes.torch_dtype(self.dtype)).reshape(-1).view(torch.uint8)
+
+
+def layers_of(checkpoint: Checkpoint) -> dict[int, list[TensorInfo]]:
+    """The tensors of each decoder layer."""
+    found: dict[int, list[TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        if (layer := layer_of(name)) is not None:
+            found.setdefault(layer, []).append(info)
+    return found
+
+
+def renumbered(name: str, layer: int, number: int, like: Sequence[str] | Checkpoint) -> str:
+    """The tensor's name as of layer `number`, under the wrappers (`model.`) that names in `like` have."""
+    inner = canonical(name).replace(f".{layer}.", f".{number}.", 1)
+    wrapper = next((other.removesuffix(canonical(other)) for other in like if layer_of(other) is not None), "")
+    return wrapper + inner
+
+
+def text_config(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The part of a config that tells the number of layers, and by what name."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            for name in _DEPTHS:
+                if isinstance(part.get(name), int):
+                    return part, name
+    return config, ""
+
+
+def _depth_in(config: dict[str, Any]) -> int:
+    part, name = text_config(config)
+    return int(part[name])
+
+
+def depth(config: dict[str, Any], ref: str, ctx: Context) -> int:
+    """The number of layers of a model; StepError when its config does not tell."""
+    if not text_config(config)[1]:
+        raise StepError(f"the config of {ref} tells no number of layers ({', '.join(_DEPTHS)})", where=ctx.where)
+    return _depth_in(config)
