@@ -67,8 +67,8 @@ def type_name(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return str(field["const"])
     if "enum" in field:
         return " | ".join(str(value) for value in field["enum"])
-    if "anyOf" in field:
-        kinds = [type_name(option, definitions) for option in field["anyOf"]]
+    if options := field.get("anyOf") or field.get("oneOf"):
+        kinds = [type_name(option, definitions) for option in options]
         return " or ".join(dict.fromkeys(kind for kind in kinds if kind != "null"))
     kind = field.get("type", "anything")
     if kind == "array":

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 DEFAULT = "default"
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Gradient = Annotated[list[Number], Field(min_length=1)]
+
+
+def _form(value: object) -> str:
+    """Which of the forms a value is meant as, so that what is wrong with it is said of that form alone."""
+    return "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, (list, tuple)) else "number"
 
 
 def _has_default(schedule: dict[str, float | list[float]]) -> dict[str, float | list[float]]:
@@ -23,9 +26,13 @@ def _has_default(schedule: dict[str, float | list[float]]) -> dict[str, float | 
     return schedule
 
 
-ByModule = Annotated[dict[str, Number | Gradient], AfterValidator(_has_default)]
-Schedule = Number | Gradient | ByModule
-PerModel = Number | ByModule | Annotated[list[Schedule], Field(min_length=1)]  # a list: one for each model
+Number = Annotated[float, Field(allow_inf_nan=False), Tag("number")]
+Gradient = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1), Tag("list")]
+ByLayer = Annotated[Number | Gradient, Discriminator(_form)]
+ByModule = Annotated[dict[str, ByLayer], AfterValidator(_has_default), Tag("mapping")]
+Schedule = Annotated[Number | Gradient | ByModule, Discriminator(_form)]
+OfEach = Annotated[list[Schedule], Field(min_length=1), Tag("list")]  # one for each model
+PerModel = Annotated[Number | OfEach | ByModule, Discriminator(_form)]
 
 
 def value_at(schedule: float | Sequence[float] | Mapping[str, float | list[float]], name: str, depth: float) -> float:
