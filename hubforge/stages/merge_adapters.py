@@ -48,9 +48,9 @@ class MergeAdapters(Op):
     result is then brought to `svd_rank`, the deltas of one module held at a time per thread. How much was kept is in
     `ranks.json`, matrix by matrix.
 
-    Two deviations from PEFT 0.21, which `compatible: peft` takes back. Its `linear` sums the factors, whose product
+    Three deviations from PEFT 0.21, which `compatible: peft` takes back. Its `linear` sums the factors, whose product
     holds B of one adapter times A of another. And it applies rsLoRA's scaling to the merged factors once more, which
-    hold it already, so that they come out √rank too large. It also merges a single adapter as `linear` whatever was
+    hold it already, so that they come out √rank too large. And it merges a single adapter as `linear` whatever was
     asked. DARE draws from torch's generator as PEFT does, but seeded for each module by its name, where PEFT goes on
     through the base model's modules: the same numbers only from the same state of the generator.
     """

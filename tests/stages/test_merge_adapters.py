@@ -133,7 +133,7 @@ def test_svd_by_hand(adapter_folder, context, run_op):
     assert json.loads((ctx.out / "ranks.json").read_text())["l.0.q"]["kept"] == pytest.approx(0.64)
 
 
-@pytest.mark.parametrize(("way", "rank"), [("svd", 18), ("linear", 18), ("cat", None)])
+@pytest.mark.parametrize(("way", "rank"), [("svd", 18), ("svd", 30), ("linear", 18), ("cat", None)])
 def test_sums_are_the_weighted_sum_when_the_rank_suffices(way, rank, adapters, merged):
     names, weights = ["one", "mixed", "rs"], [0.5, -1.5, 2.0]
     ctx, metrics = merged(names, weights=weights, combination_type=way, svd_rank=rank)
@@ -250,6 +250,23 @@ def test_dare_depends_on_the_seed_alone(adapters, context, tensors_of):
         return ctx.sha256["adapter_model.safetensors"]
 
     assert digest("first", 1) == digest("again", 1) != digest("other", 2)
+
+
+def test_dare_draws_anew_for_each_module(adapter_folder, context, run_op, tensors_of):
+    modules = {f"l.{layer}.q": (torch.ones(4, 64), torch.ones(64, 4)) for layer in (0, 1)}
+    ctx = context(a=("adapter", adapter_folder("a", modules)))
+    run_op(MergeAdapters(adapters=["a"], combination_type="dare_linear", density=0.5), ctx)
+    found = tensors_of(ctx.out)
+    one, other = (found[f"base_model.model.l.{layer}.q.lora_A.weight"] for layer in (0, 1))
+    assert one.unique().tolist() == other.unique().tolist() == [0.0, 2.0] and not torch.equal(one, other)
+
+
+def test_no_rank_exceeds_the_sides_of_a_matrix(adapter_folder, context, run_op, tensors_of):
+    wide, narrow = (torch.ones(4, 8), torch.ones(6, 4)), (torch.ones(4, 8), torch.ones(2, 4))
+    ctx = context(a=("adapter", adapter_folder("a", {"l.0.q": wide, "l.0.k": narrow})))
+    run_op(MergeAdapters(adapters=["a"], combination_type="svd"), ctx)
+    shapes = {name.split(".")[4]: list(t.shape) for name, t in tensors_of(ctx.out).items() if "lora_A" in name}
+    assert shapes == {"q": [4, 8], "k": [2, 8]}
 
 
 @pytest.mark.parametrize("compatible", ["peft", "none"])
