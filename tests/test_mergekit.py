@@ -1,0 +1,283 @@
+"""Configurations of mergekit as recipes: what each becomes, that it loads and runs, and what is said to be lost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hubforge.errors import RecipeError
+from hubforge.mergekit import import_mergekit
+from hubforge.recipe import load
+from hubforge.tensors.schedule import value_at
+
+
+def imported(text, tmp_path):
+    """Sources, stages and losses; the recipe is one that `hubforge check` takes."""
+    recipe, losses = import_mergekit(text)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    load(tmp_path / "recipe.yaml")
+    data = yaml.safe_load(recipe)
+    return data["sources"], data["stages"], losses
+
+
+def test_ties_as_in_mergekits_readme(tmp_path):
+    sources, stages, losses = imported(
+        """
+        models:
+          - model: psmathur/orca_mini_v3_13b
+            parameters:
+              density: [1, 0.7, 0.1] # density gradient
+              weight: 1.0
+          - model: garage-bAInd/Platypus2-13B
+            parameters:
+              density: 0.5
+              weight: [0, 0.3, 0.7, 1] # weight gradient
+          - model: WizardLM/WizardMath-13B-V1.0@v2
+            parameters:
+              density: 0.33
+              weight:
+                - filter: mlp
+                  value: 0.5
+                - value: 0
+        merge_method: ties
+        base_model: TheBloke/Llama-2-13B-fp16
+        parameters:
+          normalize: true
+          int8_mask: true
+        dtype: float16
+        """,
+        tmp_path,
+    )
+    assert sources["WizardMath-13B-V1.0"] == {"model": "WizardLM/WizardMath-13B-V1.0", "revision": "v2"}
+    assert stages == {
+        "merged": {
+            "op": "ties_models",
+            "base_model": "Llama-2-13B-fp16",
+            "models": ["orca_mini_v3_13b", "Platypus2-13B", "WizardMath-13B-V1.0"],
+            "weights": [1.0, [0, 0.3, 0.7, 1], {"mlp": 0.5, "default": 0}],
+            "density": [[1, 0.7, 0.1], 0.5, 0.33],
+            "normalize": True,
+            "dtype": "float16",
+        }
+    }
+    assert losses == []
+
+
+def test_slerp_with_filters_and_gradients(tmp_path):
+    _, stages, losses = imported(
+        """
+        slices:
+          - sources:
+              - {model: psmathur/orca_mini_v3_13b, layer_range: [0, 40]}
+              - {model: garage-bAInd/Platypus2-13B, layer_range: [0, 40]}
+        merge_method: slerp
+        base_model: psmathur/orca_mini_v3_13b
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5 # fallback for rest of tensors
+        dtype: bfloat16
+        """,
+        tmp_path,
+    )
+    merged = stages["merged"]
+    assert (merged["op"], merged["models"]) == ("nuslerp", ["orca_mini_v3_13b", "Platypus2-13B"])
+    one, two = merged["weights"]
+    assert two == {"self_attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0.7, 0.3, 0], "default": 0.5}
+    assert one == {"self_attn": [1, 0.5, 0.7, 0.3, 0], "mlp": [0, 0.5, 0.3, 0.7, 1], "default": 0.5}
+    assert losses == ["layer_range [0, 40] is taken to be all layers"]
+
+
+def test_layers_stacked(tmp_path):
+    _, stages, losses = imported(
+        """
+        slices:
+          - sources:
+            - model: psmathur/orca_mini_v3_13b
+              layer_range: [0, 24]
+          - sources:
+            - model: garage-bAInd/Platypus2-13B
+              layer_range: [20, 40]
+              parameters: {scale: [{filter: o_proj, value: 0.0}, {value: 1.0}]}
+        merge_method: passthrough
+        dtype: float16
+        """,
+        tmp_path,
+    )
+    assert stages["merged"]["slices"] == [
+        {"model": "orca_mini_v3_13b", "layers": [0, 24]},
+        {"model": "Platypus2-13B", "layers": [20, 40], "scale": {"o_proj": 0.0, "default": 1.0}},
+    ]
+    assert losses == []
+
+
+def test_slices_of_merges(tmp_path):
+    _, stages, _ = imported(
+        """
+        merge_method: linear
+        slices:
+          - sources: [{model: a/a, layer_range: [0, 4], parameters: {weight: 1}}]
+          - sources:
+              - {model: a/a, layer_range: [4, 8], parameters: {weight: 1}}
+              - {model: b/b, layer_range: [4, 8], parameters: {weight: 3}}
+        """,
+        tmp_path,
+    )
+    assert list(stages) == ["merged-2", "merged"]
+    assert stages["merged-2"] == {"op": "linear", "models": ["a", "b"], "weights": [1, 3]}
+    assert stages["merged"]["slices"] == [{"model": "a", "layers": [0, 4]}, {"model": "merged-2", "layers": [4, 8]}]
+
+
+def test_documents_that_need_one_another(tmp_path):
+    sources, stages, _ = imported(
+        """
+merge_method: dare_ties
+base_model: org/base
+models:
+  - {model: half-way, parameters: {weight: 0.4, density: 0.2}}
+  - {model: org/three+org/lora, parameters: {weight: 0.6, density: 0.2}}
+parameters: {lambda: 0.5}
+---
+name: half-way
+merge_method: slerp
+base_model: org/one
+models: [{model: org/one}, {model: org/two}]
+parameters: {t: 0.5}
+""",
+        tmp_path,
+    )
+    assert list(stages) == ["half-way", "three-lora", "merged"]
+    assert stages["half-way"] == {"op": "slerp", "model": "one", "to": "two", "t": 0.5}
+    assert stages["merged"]["models"][0] == "half-way"
+    assert stages["merged"]["density"] == 0.2 and stages["merged"]["scale"] == 0.5
+    lora = next(stage for stage in stages.values() if stage["op"] == "apply")
+    assert sources[lora["adapters"][0]] == {"adapter": "org/lora"}
+
+
+MODELS = "base_model: o/m\nmodels: [{model: o/m}, {model: o/a, parameters: {weight: 0.3}}"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "op", "fields"),
+    [
+        ("task_arithmetic", "{}", "task_arithmetic", {"model": "m", "weights": [0.3]}),
+        ("task_arithmetic", "{normalize: true}", "dare_linear", {"density": 1.0, "normalize": True}),
+        ("dare_linear", "{density: 0.3, rescale: false}", "dare_linear", {"density": 0.3, "rescale": False}),
+        ("della", "{density: 0.5, epsilon: 0.1, lambda: 1.1}", "della", {"epsilon": 0.1, "scale": 1.1}),
+        ("breadcrumbs", "{density: 0.9, gamma: 0.02}", "breadcrumbs", {"density": 0.9, "gamma": 0.02}),
+        ("ties", "{}", "ties_models", {"density": 1.0}),
+        ("sce", "{select_topk: 0.1}", "sce", {"select_topk": 0.1}),
+        ("nearswap", "{t: 1e-3}", "nearswap", {"t": 0.001}),
+        ("arcee_fusion", "{}", "arcee_fusion", {"base_model": "m", "models": ["a"]}),
+        ("ram", "{epsilon: 1e-4}", "ram", {"epsilon": 1e-4}),
+        ("ramplus_tl", "{r: 0.2}", "ramplus_tl", {"r": 0.2}),
+    ],
+)
+def test_methods_from_a_base(method, parameters, op, fields, tmp_path):
+    _, stages, _ = imported(f"merge_method: {method}\n{MODELS}]\nparameters: {parameters}\n", tmp_path)
+    assert stages["merged"]["op"] == op
+    assert {name: stages["merged"][name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "expected"),
+    [
+        ("linear", "{weight: 1}", {"op": "linear", "models": ["a", "b"], "weights": [1, 1]}),
+        ("multislerp", "{weight: 1}", {"op": "multislerp", "models": ["a", "b"], "weights": [1, 1]}),
+        ("karcher", "{max_iter: 5}", {"op": "karcher", "models": ["a", "b"], "max_iter": 5}),
+        (
+            "nuslerp",
+            "{weight: 1, nuslerp_flatten: false, nuslerp_row_wise: true}",
+            {"op": "nuslerp", "models": ["a", "b"], "weights": [1, 1], "along": "columns"},
+        ),
+        (
+            "linear",
+            "{weight: [0, 1]}",
+            {
+                "op": "dare_linear",
+                "base_model": "a",
+                "models": ["a", "b"],
+                "weights": [[0, 1], [0, 1]],
+                "density": 1.0,
+                "normalize": True,
+            },
+        ),
+    ],
+)
+def test_methods_without_a_base(method, parameters, expected, tmp_path):
+    text = f"merge_method: {method}\nmodels: [{{model: o/a}}, {{model: o/b}}]\nparameters: {parameters}\n"
+    assert imported(text, tmp_path)[1] == {"merged": expected}
+
+
+def test_the_first_filter_wins_there_and_the_longest_here(tmp_path):
+    text = """
+merge_method: nearswap
+base_model: o/m
+models: [{model: o/a}]
+parameters:
+  t: [{filter: mlp, value: 1}, {filter: layers.1., value: 2}, {filter: up_proj, value: 3}, {value: 4}]
+"""
+    schedule = imported(text, tmp_path)[1]["merged"]["t"]
+    names = {"layers.1.mlp.up_proj": 1, "layers.1.norm": 2, "layers.11.norm": 4, "layers.2.up_proj": 3, "norm": 4}
+    assert {name: value_at(schedule, f"model.{name}.weight", 0.0) for name in names} == names
+
+
+def test_what_is_lost_is_named(tmp_path):
+    text = f"""
+merge_method: ties
+{MODELS}]
+parameters: {{rescale: true, colour: blue}}
+tokenizer_source: union
+chat_template: chatml
+dtype: float64
+"""
+    losses = imported(text, tmp_path)[2]
+    assert [loss.partition(":")[0] for loss in losses] == [
+        "tokenizer union",
+        "chat_template",
+        "parameter colour",
+        "rescale",
+        "dtype float64",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: []\n", "has no merge_method"),
+        ("merge_method: frankenstein\nmodels: [{model: a/a}]\n", "merge_method is 'frankenstein'"),
+        ("merge_method: ties\nmodels: [{model: a/a}]\n", "ties needs a base_model"),
+        ("merge_method: linear\nmodels: 3\n", "does not have the form"),
+        ("merge_method: linear\nmodels: [\n", "mergekit.yml:"),
+        ("", "holds no merge configuration"),
+        ("name: a\nmerge_method: linear\nmodels: [{model: a}, {model: b/b}]\n", "a needs itself: a -> a"),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a/a, layer_range: [0, 2]}, {model: b/b, layer_range: "
+            "[1, 3]}]}]\n",
+            "merges layers of different places",
+        ),
+    ],
+)
+def test_what_no_recipe_can_follow(text, message):
+    with pytest.raises(RecipeError, match=message):
+        import_mergekit(text)
+
+
+def test_a_merge_that_was_imported_runs(tiny_llama, tiny_llama_other, tmp_path, context, run_op, tensors_of):
+    text = f"""
+merge_method: linear
+models:
+  - {{model: {tiny_llama}, parameters: {{weight: [1, 0]}}}}
+  - {{model: {tiny_llama_other}, parameters: {{weight: [0, 1]}}}}
+"""
+    recipe, _ = import_mergekit(text)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    nodes = load(tmp_path / "recipe.yaml").nodes
+    sources = yaml.safe_load(recipe)["sources"]
+    ctx = context(**{name: ("model", Path(spec["model"])) for name, spec in sources.items()})
+    run_op(nodes["stages.merged"].op, ctx)
+    one, two, found = tensors_of(tiny_llama), tensors_of(tiny_llama_other), tensors_of(ctx.out)
+    for name in found:
+        assert torch.equal(found[name], (two if ".layers.1." in name else one)[name]), name
