@@ -313,6 +313,21 @@ def test_gemma_4_under_a_mask(request, prepare, tmp_path, model):
     assert metrics["modules"] == metrics["leak"]["matrices"] == 24 and metrics["leak"]["worst"] < 2e-7
 
 
+def test_a_mask_that_the_subspace_op_made(prepare, tiny_llama, tiny_llama_other, tmp_path):
+    from hubforge.masks.subspace import Subspace
+
+    mask = tmp_path / "mask"
+    mask.mkdir()
+    inputs = {
+        name: Artifact(name, "model", name, folder) for name, folder in (("a", tiny_llama), ("b", tiny_llama_other))
+    }
+    Subspace(instruct="b", pretrained="a", rank=8).run(Context("masks.core", mask, inputs))
+    op, ctx = lora(protect="core", target_modules=TWO, max_steps=2), prepare(mask=mask)
+    op.preflight(ctx)
+    metrics = op.run(ctx)
+    assert metrics["leak"]["matrices"] == 4 and metrics["leak"]["worst"] < 2e-7
+
+
 def test_preflight_finds_a_mask_of_another_model(prepare, tiny_llama_256, tmp_path):
     ctx = prepare(mask=make_mask(tmp_path / "mask", tiny_llama_256))
     with pytest.raises(StepError, match=r"r\.yaml:9: model\.layers\.0\.\S+ is \[.*\] in the model, but"):

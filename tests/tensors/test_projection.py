@@ -17,8 +17,10 @@ from hubforge.tensors.projection import (
     orthonormal,
     protect,
     remove,
+    stored_leaks,
     summary,
 )
+from hubforge.tensors.reader import open_checkpoint
 
 OUT, IN, K = 24, 20, 5
 
@@ -171,6 +173,21 @@ def test_a_basis_stored_in_bfloat16_is_made_orthonormal_again(tmp_path, subspace
     mended = orthonormal(rough, "x.U", tmp_path)
     torch.testing.assert_close(mended.T @ mended, torch.eye(K), rtol=0, atol=1e-6)
     torch.testing.assert_close(mended @ (mended.T @ rough), rough, rtol=0, atol=1e-6)  # the same span
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-4), (torch.bfloat16, 0.1, 0.9)])
+def test_rounding_a_small_change_puts_it_back_into_the_subspace(tmp_path, subspace, dtype, least, most):
+    """A thousandth of the weights is less than bfloat16 keeps of them: what is stored is mostly rounding."""
+    mask, other = write_mask(tmp_path / "mask", subspace), "lm_head.weight"
+    weight = random(OUT, IN, seed=8).to(dtype).float()
+    change = 1e-3 * protect(random(OUT, IN, seed=9), subspace)
+    save_file({NAME: weight.to(dtype), other: weight - 1}, tmp_path / "base.safetensors")
+    save_file({NAME: (weight + change).to(dtype), other: weight + 1}, tmp_path / "made.safetensors")
+    with open_checkpoint(tmp_path / "base.safetensors") as base, open_checkpoint(tmp_path / "made.safetensors") as made:
+        found = stored_leaks(base, made, Subspaces(mask))
+        assert stored_leaks(base, base, Subspaces(mask)) == {}
+    assert found.keys() == {NAME}
+    assert least <= found[NAME].worst <= most  # float32 weights around 1 hold a change of 1e-3 to 1e-4 of itself
 
 
 def test_padding_is_no_direction_and_dependent_columns_are_refused(tmp_path, subspace):
