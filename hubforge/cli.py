@@ -84,6 +84,33 @@ def init(
     typer.echo(f"Next: edit it, then `hubforge check {recipe}`.")
 
 
+@app.command("import", epilog="Example: hubforge import mergekit.yml my-merge.yaml --run")
+def import_(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Argument(help="A mergekit configuration.", metavar="MERGEKIT")],
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe to write. Default: standard output.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Then run it: lock what is on the Hub, and merge.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+) -> None:
+    """Turn a mergekit configuration into a recipe; what cannot be carried over is named."""
+    from hubforge.session import write_import
+
+    text, notes = write_import(config, recipe, force=force, must_write=run)
+    for note in notes:
+        typer.echo(f"{colour('note', 33)}: {note}", err=True)
+    if recipe is None:
+        typer.echo(text, nl=False)
+        return
+    typer.echo(f"wrote {recipe}")
+    if run:
+        here = session(ctx, recipe)
+        if any(not spec.is_local for spec in here.recipe.sources.values()):
+            here.lock()
+        with here:
+            outcome = here.run(None)
+        typer.echo(here.path(list(outcome.plan.steps)[-1]))
+
+
 @app.command(epilog="Examples: hubforge check recipes/demo.yaml · hubforge check --online recipes/demo.yaml")
 def check(
     ctx: typer.Context,
@@ -217,7 +244,8 @@ def verify(
 ) -> None:
     """Compare a published repository, byte for byte, with the release file in it."""
     from hubforge import show
-    from hubforge.session import Session, open_hub
+    from hubforge.places import open_hub
+    from hubforge.session import Session
     from hubforge.verify import verify as verify_repo
 
     name, _, revision = repo.partition("@")
@@ -241,7 +269,8 @@ def reproduce(
     """Make a published model again from its own page, and compare every byte."""
     from hubforge import reproduce as again
     from hubforge import show
-    from hubforge.session import Session, open_hub
+    from hubforge.places import open_hub
+    from hubforge.session import Session
 
     name, _, revision = repo.partition("@")
     reporter = Session.reporter(as_json=as_json, quiet=ctx.obj["quiet"])
@@ -303,7 +332,7 @@ def gc(
 ) -> None:
     """Remove the artifacts that no recipe needs any more."""
     from hubforge import show
-    from hubforge.session import collect_garbage
+    from hubforge.garbage import collect_garbage
 
     removed, kept = collect_garbage(recipes, ctx.obj["store"], dry_run=dry_run)
     emit(show.gc_data(removed, kept, dry_run)) if as_json else show.print_gc(removed, kept, dry_run)
@@ -342,7 +371,7 @@ def hub_serve(
 ) -> None:
     """Serve the embedded Hub until Ctrl-C."""
     from hubforge.hub import HubSettings, read_tokens, serve
-    from hubforge.session import hub_folder
+    from hubforge.places import hub_folder
 
     where = folder or hub_folder()
     settings = HubSettings(tokens=read_tokens(tokens)) if tokens else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from hubforge import __version__, catalog
 from hubforge.machine import hardware
-from hubforge.session import default_store, hub_folder, real_hub
+from hubforge.places import default_store, hub_folder, real_hub
 from hubforge.sources import package_versions
 
 PACKAGES = (

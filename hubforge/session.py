@@ -17,6 +17,7 @@ from hubforge import recipe as recipes
 from hubforge.errors import HubforgeError, LockError, RecipeError
 from hubforge.lock import lock_path, read_lock, resolve_online
 from hubforge.op import Hub, Settings
+from hubforge.places import default_store, open_hub, real_hub
 from hubforge.plan import Plan, make, pinned
 from hubforge.recipe import Recipe
 from hubforge.release import Release
@@ -26,7 +27,6 @@ from hubforge.sources import package_versions
 from hubforge.store import LocalStore, write_json
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
-PROJECT = (".git", ".hubforge", "pyproject.toml")  # what marks the top folder of a project
 
 
 @dataclass
@@ -271,49 +271,6 @@ def draft(plan: Plan) -> Release:
     )
 
 
-def default_store(path: Path) -> Path:
-    """.hubforge in the top folder of the project the recipe lies in, or beside the recipe."""
-    folder = path.resolve().parent
-    for parent in (folder, *folder.parents):
-        if any((parent / mark).exists() for mark in PROJECT):
-            return parent / ".hubforge"
-    return folder / ".hubforge"
-
-
-def hub_folder() -> Path:
-    """Where the embedded Hub of this user keeps its repositories."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "hubforge" / "hub"
-
-
-def real_hub() -> Hub:
-    """The Hub and token that huggingface_hub's own settings name; no import of it just to plan."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-    if not token:
-        home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-        saved = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
-        token = saved.read_text().strip() if saved.is_file() else None
-    return Hub(endpoint, token or None)
-
-
-@contextmanager
-def open_hub(to: str | None) -> Iterator[Hub]:
-    """The Hub to push to or verify on: HF_ENDPOINT's, one at an address, or the embedded one, started for now."""
-    if to is None:
-        yield real_hub()
-    elif to == "local":
-        from hubforge.hub import LocalHub
-
-        with LocalHub(hub_folder()) as hub:
-            yield Hub(hub.endpoint, "local")
-    elif re.match(r"^https?://", to):
-        # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it.
-        yield Hub(to.rstrip("/"), os.environ.get("HUBFORGE_HUB_TOKEN"))
-    else:
-        raise HubforgeError(f"--to is {to!r}", mend="Give `local`, or an address such as http://127.0.0.1:8000.")
-
-
 def parse_size(text: str) -> int:
     """Bytes in "2GiB", "500MB", "1.5 g". Raises HubforgeError."""
     match = _SIZE.match(text)
@@ -345,34 +302,23 @@ def library_noise(log: Path) -> Iterator[None]:
         handler.close()
 
 
-def collect_garbage(
-    paths: Sequence[Path] | None, store: Path | None, *, dry_run: bool
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Remove what no given recipe needs: (removed, kept), each (what, bytes). Raises when a recipe cannot be read."""
-    found = list(paths or sorted(Path("recipes").glob("*.yaml")) or sorted(Path().glob("*.yaml")))
-    if not found:
-        raise RecipeError("there is no recipe to keep anything for", mend="Name the recipes: hubforge gc RECIPE...")
-    here = LocalStore(store or default_store(found[0]))
-    needed: dict[str, str] = {}
-    for path in found:
-        recipe = recipes.load(path)
-        try:
-            plan = make(recipe, here)
-        except LockError:
-            if read_lock(path) is not None:
-                raise
-            continue  # never locked, so never run: nothing in the store is its
-        needed |= {step.key: step.name for step in plan.steps.values()}
-    removed, kept = [], []
-    for key, _whole, size in list(here.contents()):
-        if key in needed:
-            kept.append((needed[key], size))
-            continue
-        name = here.manifest(key).name if here.has(key) else f"unfinished {key[:12]}"
-        removed.append((name, size))
-        if not dry_run:
-            here.drop(key)
-    return removed, kept
+def write_import(config: Path, recipe: Path | None, *, force: bool, must_write: bool) -> tuple[str, list[str]]:
+    """The recipe of a mergekit configuration, and what it does not carry; written when a path is given."""
+    from hubforge.mergekit import import_mergekit
+
+    if must_write and recipe is None:
+        raise RecipeError("--run needs a recipe to write", mend="Name it: hubforge import mergekit.yml my-merge.yaml")
+    if recipe is not None and recipe.exists() and not force:
+        raise RecipeError("is there already", where=str(recipe), mend="--force overwrites it.")
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=str(config)) from error
+    made, notes = import_mergekit(text, str(config))
+    if recipe is not None:
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(made, encoding="utf-8")
+    return made, notes
 
 
 def build_lab(folder: Path, seed: int, *, quiet: bool) -> None:

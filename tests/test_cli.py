@@ -130,3 +130,15 @@ def test_doctor_names_tokens_and_never_shows_them(hubforge, monkeypatch):
 def test_usage_errors_end_with_2(hubforge):
     hubforge("nosuch", check=2)
     hubforge("plan", check=2)
+
+
+def test_a_mergekit_configuration_becomes_a_recipe(hubforge, tmp_path):
+    (tmp_path / "mk.yml").write_text(
+        "merge_method: slerp\nbase_model: ./a\nmodels: [{model: ./a}, {model: ./b}]\nparameters: {t: 0.3}\n"
+    )
+    hubforge("import", "mk.yml", "r.yaml")
+    from hubforge import recipe
+
+    (node,) = recipe.load(tmp_path / "r.yaml").nodes.values()
+    assert node.op.t == 0.3
+    assert "--force overwrites it" in hubforge("import", "mk.yml", "r.yaml", check=2).stderr

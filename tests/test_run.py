@@ -121,7 +121,7 @@ def test_two_runs_at_once_do_not_make_one_step_twice(run, toy_ops, write_recipe,
 
 
 def test_gc_removes_what_no_recipe_needs(run, tmp_path):
-    from hubforge.session import collect_garbage
+    from hubforge.garbage import collect_garbage
 
     run()
     run(TEXT.replace("times: 2", "times: 3"))
