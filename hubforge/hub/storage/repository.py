@@ -16,7 +16,9 @@ A commit exists once refs.json names it, and refs.json is replaced only after al
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,7 +36,7 @@ HEADS, TAGS, PULLS = "refs/heads/", "refs/tags/", "refs/pr/"
 MAIN = HEADS + "main"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One state of a repository. `date` is in seconds since 1970; `changed` lists the paths that differ from before."""
 
@@ -48,15 +50,36 @@ class Commit:
     changed: tuple[str, ...]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _read_commit(path: Path) -> Commit:
     data = json.loads(path.read_bytes())
     return Commit(**{**data, "parents": tuple(data["parents"]), "changed": tuple(data["changed"])})
 
 
-@lru_cache(maxsize=64)
-def _read_tree(path: Path) -> Tree:
-    return Tree.from_bytes(path.read_bytes())
+class _Trees:
+    """Trees read lately, so many files in all: a tree may hold one file or fifty thousand."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._files = limit, 0
+        self._trees: OrderedDict[Path, Tree] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def read(self, path: Path) -> Tree:
+        with self._guard:
+            if path in self._trees:
+                self._trees.move_to_end(path)
+                return self._trees[path]
+        tree = Tree.from_bytes(path.read_bytes())
+        with self._guard:
+            if path not in self._trees:
+                self._trees[path] = tree
+                self._files += len(tree.files)
+            while self._files > self._limit and len(self._trees) > 1:
+                self._files -= len(self._trees.popitem(last=False)[1].files)
+        return tree
+
+
+_trees = _Trees(limit=30_000)  # About 20 MB.
 
 
 class Repository:
@@ -160,7 +183,7 @@ class Repository:
         return _read_commit(path)
 
     def tree(self, commit: Commit) -> Tree:
-        return _read_tree(self.folder / "trees" / commit.tree)
+        return _trees.read(self.folder / "trees" / commit.tree)
 
     def history(self, start: Commit) -> Iterator[Commit]:
         """A commit and its first parents, newest first."""

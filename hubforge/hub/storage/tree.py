@@ -10,7 +10,7 @@ from functools import cached_property
 from hubforge.hub.storage.gitids import folder_ids, parent_of, pointer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One file: bytes, git blob id (of the pointer, for LFS), and the content's sha256 when it is in LFS."""
 
