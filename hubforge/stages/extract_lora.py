@@ -75,6 +75,12 @@ class ExtractLora(Op):
             raise ValueError("either rank or energy must say how much of the difference to keep")
         return self
 
+    def preflight(self, ctx: Context) -> None:
+        """Names, shapes and dtypes, where both models are there already: only headers are read."""
+        if self.model in ctx.inputs and self.base_model in ctx.inputs:
+            with open_checkpoint(ctx.path(self.model)) as tuned, open_checkpoint(ctx.path(self.base_model)) as base:
+                self._pairs(ctx, tuned, base)
+
     def run(self, ctx: Context) -> Metrics:
         with open_checkpoint(ctx.path(self.model)) as tuned, open_checkpoint(ctx.path(self.base_model)) as base:
             theirs = self._pairs(ctx, tuned, base)
@@ -86,10 +92,8 @@ class ExtractLora(Op):
             left = _left_out(tuned, base, theirs)
             total = covered + sum((norm or 0.0) ** 2 for norm in left.values())
             if left:
-                share = 1 - covered / total
-                ctx.warn(
-                    f"{len(left)} tensors that differ are not in the adapter, {share:.2%} of it: {some(list(left))}"
-                )
+                share = f"{1 - covered / total:.2%} of the energy of the whole difference"
+                ctx.warn(f"{len(left)} tensors that differ are not in the adapter, {share}: {some(list(left))}")
             metrics = self._write(ctx, base, facts)
         metrics["energy"] = summary(facts) | {"covered": covered / total, "left_out": sorted(left, key=natural_order)}
         write_ranks(ctx.out, facts)
@@ -230,8 +234,8 @@ def _targets(modules: list[str], base: Checkpoint) -> list[str]:
 
 def _is_dead(name: str, config: Mapping[str, Any]) -> bool:
     """Whether it is a key or value weight of a layer that shares an earlier layer's: the model has no such module."""
-    text = config.get("text_config") or config
-    shared, layer = text.get("num_kv_shared_layers") or 0, layer_of(name)
-    if not shared or layer is None or not re.search(r"\.self_attn\.[kv]_proj\.", name):
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    shared, layers, layer = text.get("num_kv_shared_layers"), text.get("num_hidden_layers"), layer_of(name)
+    if not isinstance(shared, int) or not isinstance(layers, int) or layer is None:
         return False
-    return layer >= int(text["num_hidden_layers"]) - int(shared)
+    return layer >= layers - shared and bool(re.search(r"\.self_attn\.[kv]_proj\.", name))

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, Kind, Metrics, Op
 from hubforge.tensors.adapter import CONFIG, Adapter, delta, open_adapter
-from hubforge.tensors.adapter_writer import Merged, merge_adapters
+from hubforge.tensors.adapter_writer import Merged, align, merge_adapters
 from hubforge.tensors.low_rank import LowRank, reduce_matrix, reduce_product, summary, write_ranks
 from hubforge.tensors.peft_merge import Method, SignMethod, combine, generator_for
 from hubforge.tensors.writer import write_whole
@@ -114,6 +114,15 @@ class MergeAdapters(Op):
         if self.compatible == "none":
             return "svd" if self.combination_type == "linear" else self.combination_type
         return "linear" if len(self.adapters) == 1 else self.combination_type
+
+    def preflight(self, ctx: Context) -> None:
+        """Configs, shapes and ranks, where all adapters are there already: only headers are read."""
+        if all(ref in ctx.inputs for ref in self.adapters):
+            with ExitStack() as stack:
+                adapters = [stack.enter_context(open_adapter(ctx.path(ref), str(ref))) for ref in self.adapters]
+                for module in align(adapters, ctx.where):
+                    if self._way() != "cat" and not self._way().endswith("svd"):
+                        _one_rank(module, adapters, self._way(), ctx)
 
     def run(self, ctx: Context) -> Metrics:
         with ExitStack() as stack:

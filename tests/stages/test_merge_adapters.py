@@ -332,9 +332,13 @@ def test_embeddings_as_in_peft(way, adapters, merged, peft_model):
 
 
 @pytest.mark.parametrize("way", ["ties", "dare_ties", "dare_linear", "magnitude_prune"])
-def test_factors_need_one_rank(way, merged):
-    with pytest.raises(StepError, match=rf"{way} needs one rank, but that of .* is 8 in one, 4 in low\n.*_svd"):
+def test_factors_need_one_rank(way, merged, adapters, context):
+    message = rf"{way} needs one rank, but that of .* is 8 in one, 4 in low\n.*_svd"
+    with pytest.raises(StepError, match=message):
         merged(["one", "low"], **fields(way))
+    ctx = context(**{name: ("adapter", adapters[name]) for name in ("one", "low")})
+    with pytest.raises(StepError, match=message):
+        MergeAdapters(adapters=["one", "low"], **fields(way)).preflight(ctx)
 
 
 @pytest.mark.parametrize(
