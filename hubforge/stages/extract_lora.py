@@ -51,7 +51,7 @@ class ExtractLora(Op):
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits, and a vector's sign, depend on the processor.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy", "scipy", "safetensors")
-    extra: ClassVar[str] = "masks"
+    extra: ClassVar[str] = "merge"
     resumable: ClassVar[bool] = True
     formula: ClassVar[str] = "W_model − W_base ≈ B · A,  A = V_kᵀ,  B = U_k · S_k"
     source: ClassVar[str] = "Eckart and Young 1936; as mergekit-extract-lora and kohya-ss's extract_lora"

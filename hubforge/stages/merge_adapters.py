@@ -59,7 +59,7 @@ class MergeAdapters(Op):
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits depend on the processor; the ways without svd are exact.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy", "scipy")
-    extra: ClassVar[str] = "masks"
+    extra: ClassVar[str] = "merge"
     formula: ClassVar[str] = "Δ ≈ Σ wᵢ · prune(scalingᵢ · Bᵢ · Aᵢ)"
     source: ClassVar[str] = (
         "peft LoraModel.add_weighted_adapter; TIES: Yadav et al. 2023, arXiv:2306.01708; "
