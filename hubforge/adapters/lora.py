@@ -26,7 +26,7 @@ _PREFIX = "base_model.model."
 
 
 class Lora(Op):
-    """A LoRA adapter, fine-tuned by TRL's SFTTrainer, held out of the subspace an instruct model's abilities lie in.
+    """A LoRA adapter, trained by TRL's SFTTrainer; under a mask, held out of the subspace of what it must not undo.
 
     With `protect`, A is projected when it is drawn, gradients before each optimiser step, A and B after it: projecting
     gradients alone leaks .15 to .28 under Adam, whose steps go per element. The leak is measured, not assumed.
@@ -39,7 +39,7 @@ class Lora(Op):
     extra: ClassVar[str] = "train"
     resumable: ClassVar[bool] = True
     unkeyed: ClassVar[tuple[str, ...]] = ("save_steps",)
-    formula: ClassVar[str] = "ΔW = s · B · A,  UᵀB = 0,  A·V = 0"
+    formula: ClassVar[str] = "ΔW = s · B · A;  with `protect`, two-sided: UᵀB = 0 and A·V = 0"
     source: ClassVar[str] = (
         "LoRA: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; "
         "gradients held out of a subspace: Farajtabar et al. 2019, arXiv:1910.07104"
