@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MEASURES = 20  # times the leak is measured in a run, evenly spread
 WHOLE = "whole"  # the file that marks a checkpoint as complete
+FINISHED = "finished"  # what it says when no step was left
 STATE = "state"  # the folder of checkpoints under ctx.out
 
 
@@ -73,9 +74,11 @@ def train(
         whole = Dataset.from_dict(tokens_of(kept))
         return pack_dataset(whole, op.max_length, "bfd") if op.packing else whole
 
-    state = ctx.out / STATE
-    callback = make_callback(ctx, guard)
     patience = op.early_stopping_patience
+    newest = newest_checkpoint(ctx.out / STATE)
+    if newest is not None and (newest / WHOLE).read_text() == FINISHED:
+        return _take_up(model, newest, bool(patience))
+    callback = make_callback(ctx, guard)
     trainer = Trainer(
         model=model,
         args=arguments(op, ctx, model),
@@ -86,7 +89,6 @@ def train(
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    newest = newest_checkpoint(state)
     if newest is not None:
         ctx.note(f"resumed after step {newest.name.rpartition('-')[2]}")
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -129,7 +131,7 @@ def arguments(op: Lora, ctx: Context, model: Any) -> Any:
         "report_to": [],
         "use_cpu": ctx.device == "cpu",
         "dataloader_pin_memory": cuda,
-        "tf32": False if cuda else None,  # It would leak a thousandth of every projection.
+        "tf32": False if cuda else None,  # Its 10 bits would leak.
     }
     if evaluating:
         settings |= {
@@ -196,7 +198,9 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
             ctx.note(f"step {state.global_step}: loss {metrics['eval_loss']:.4f} on what is held out")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            over = control.should_training_stop or state.global_step >= state.max_steps
+            marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+            marker.write_text(FINISHED if over else "")
 
     return Callback()
 
@@ -209,6 +213,19 @@ def newest_checkpoint(state: Path) -> Path | None:
             shutil.rmtree(path)
     whole = [path for path in found if path.is_dir()]
     return whole[-1] if whole else None
+
+
+def _take_up(model: Any, checkpoint: Path, stops_early: bool) -> Course:
+    """Put the factors of a finished run on the model, the best if measured: the trainer would take one step more."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    # By its name alone: the store may have been moved since.
+    best = checkpoint.parent / Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint
+    set_peft_model_state_dict(model, load_file(best / "adapter_model.safetensors"))
+    return _course(state, None, stops_early)
 
 
 def _groups(model: Any, rates: Mapping[str, float], args: Any) -> list[dict[str, Any]]:

@@ -164,6 +164,24 @@ def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(prepare, project
     assert undisturbed == resumed
 
 
+def stopped_after_training(event: Event) -> None:
+    if isinstance(event, Note) and event.text.startswith("leak:"):
+        raise Stop
+
+
+def test_a_run_stopped_after_its_last_step_trains_no_more(prepare):
+    whole, stopped = prepare("whole"), prepare("stopped", report=stopped_after_training)
+    lora(**RESUMED).run(whole)
+    with pytest.raises(Stop):
+        lora(**RESUMED).run(stopped)
+    said: list[Event] = []
+    again = prepare("stopped", report=said.append)
+    metrics = lora(**RESUMED).run(again)
+    assert not any(isinstance(event, Progress) and event.unit == "step" for event in said)
+    assert same(weights(whole), weights(again)) and metrics["steps"] == 9 and metrics["seconds_per_step"] is None
+    assert (whole.out / "loss.json").read_bytes() == (again.out / "loss.json").read_bytes()
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_not_taken_for_whole(tmp_path):
     for step, whole in ((3, True), (6, True), (9, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -251,19 +269,37 @@ def test_samples_that_are_cut_are_counted_and_told(prepare):
     )
 
 
-def test_training_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best(prepare):
-    """Strings of random letters: first it learns which letters there are, then the very strings, no help to others."""
+def letters() -> list[dict[str, str]]:
+    """Strings of random letters: first one learns which letters there are, then the very strings, no help to others."""
     draw = random.Random(0)
-    rows = [{"text": "".join(draw.choices("abcdefgh", k=12))} for _ in range(12)]
-    fields = {"target_modules": TWO, "learning_rate": 0.1, "lr_scheduler_type": "constant", "eval_share": 0.25}
-    stopped, ending_there = prepare("stopped", rows), prepare("ending_there", rows)
-    metrics = lora(**fields, eval_steps=3, early_stopping_patience=2, max_steps=90).run(stopped)
+    return [{"text": "".join(draw.choices("abcdefgh", k=12))} for _ in range(12)]
+
+
+EARLY = {"target_modules": TWO, "learning_rate": 0.1, "lr_scheduler_type": "constant", "protect": "core"}
+EARLY |= {"eval_share": 0.25, "eval_steps": 3}
+
+
+def test_training_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best(prepare):
+    stopped, ending_there = prepare("stopped", letters()), prepare("ending_there", letters())
+    metrics = lora(**EARLY, early_stopping_patience=2, max_steps=90).run(stopped)
     losses = [row["loss"] for row in json.loads((stopped.out / "loss.json").read_text())["eval"]]
     assert metrics["held_out"] == 3 and metrics["samples"] == 9
     assert metrics["stopped_early"] and metrics["steps"] < 90
     assert metrics["eval_loss"] == min(losses) == losses[-3] and metrics["best_step"] == metrics["steps"] - 6
-    lora(**fields, eval_steps=3, max_steps=metrics["best_step"]).run(ending_there)
+    lora(**EARLY, max_steps=metrics["best_step"]).run(ending_there)
     assert same(weights(stopped), weights(ending_there))
+
+    # Killed while its patience ran out, and again when all was trained: the same factors, and no step more.
+    last = metrics["steps"]
+    for report in (stopping_at(last - 1), stopped_after_training, lambda event: None):
+        killed = prepare("killed", letters(), report=report)
+        try:
+            resumed = lora(**EARLY, early_stopping_patience=2, max_steps=90).run(killed)
+        except Stop:
+            continue
+    assert (resumed["steps"], resumed["best_step"]) == (last, metrics["best_step"])
+    assert same(weights(stopped), weights(killed))
+    assert (stopped.out / "loss.json").read_bytes() == (killed.out / "loss.json").read_bytes()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(prepare, tiny_llama, tmp_path):
