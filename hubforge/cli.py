@@ -238,7 +238,9 @@ def verify(
     ctx: typer.Context,
     repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
     folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Download every file and hash it.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Download every file and hash it; always done on this machine.")
+    ] = False,
     to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -251,7 +253,7 @@ def verify(
     name, _, revision = repo.partition("@")
     reporter = Session.reporter(as_json=as_json, quiet=ctx.obj["quiet"])
     with open_hub(to) as hub, reporter:
-        found = verify_repo(name, hub, revision=revision or None, folder=folder, deep=deep, report=reporter)
+        found = verify_repo(name, hub, revision=revision or None, folder=folder, deep=deep or None, report=reporter)
     emit(show.verified_data(found)) if as_json else show.print_verified(found)
 
 

@@ -172,3 +172,18 @@ def test_what_a_push_would_change(session, hub):
     other = session(TEXT.replace("A model for tests.", "Another summary.").replace(", tag: v1", ""))
     changes = other.plan_push(other.plan(None), None, hub=hub)[0]
     assert {file.path for file in changes.replaced} == {"README.md", "hubforge.release.json", "SHA256SUMS"}
+
+
+def test_one_flipped_byte_on_the_hubs_disk_is_found_and_named(session, hub, local_hub, tmp_path):
+    here = session()
+    here.publish(here.run(None), hub, None)
+    size = here.store.get(here.plan(None).steps["stages.merged"].key, "merged").path / "model.safetensors"
+    (blob,) = [
+        path for path in (tmp_path / "hub").rglob("*") if path.is_file() and path.read_bytes() == size.read_bytes()
+    ]
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(content)
+    with pytest.raises(VerifyError, match=r"model\.safetensors"):
+        verify("me/tiny", hub, deep=None)
