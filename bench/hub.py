@@ -88,7 +88,8 @@ def work(endpoint: str, first: int, clients: int, seconds: float) -> dict[str, A
         chance, api, round = random.Random(number), HfApi(endpoint=endpoint, token="x"), 0
         while time.monotonic() < until:
             round += 1
-            repo, path = f"load/repo{chance.randrange(REPOS)}", f"c{number}/{round % 20}.bin"
+            # Few names: trees stop growing, so that memory can be seen to.
+            repo, path = f"load/repo{chance.randrange(REPOS)}", f"c{number}/{round % 2}.bin"
             data = chance.randbytes(chance.randrange(1_000, 400_000))
             adds = [CommitOperationAdd(path, data), CommitOperationAdd(f"c{number}/note.txt", str(round).encode())]
             try:
@@ -162,6 +163,8 @@ def many_clients(folder: Path, clients: int, seconds: float, processes: int) -> 
     lost, torn = check(folder, commits)
     waits = sorted(wait for each in found for wait in each["waits"])
     errors = [error for each in found for error in each["errors"]]
+    if not commits or any(worker.returncode for worker in workers):
+        errors.append("a process of clients failed, or pushed nothing")
     # The first fifth is warming up: caches fill, threads start. Flat: what the last two fifths have over the second.
     fifth = max(1, len(samples) // 5)
 
@@ -238,6 +241,8 @@ def main() -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")
+    if rows.get("errors", "0") != "0" or rows.get("lost commits, torn files", "0, 0") != "0, 0":
+        sys.exit(1)
 
 
 if __name__ == "__main__":
