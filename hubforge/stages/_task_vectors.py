@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHUNK = 1 << 18  # elements added up at once: whole tensors would leave the cache, and take three times as long
+
+
 class TaskVectors(FromBase):
     """The base model plus a sum of the models' task vectors Δᵢ = Wᵢ − W, each thinned out first."""
 
@@ -54,6 +57,17 @@ def agreeing_sum(deltas: Sequence[Tensor], weights: Sequence[float], normalize: 
 
     Signs are elected after weighting and a zero sum elects +1, as in mergekit.
     """
+    import torch
+
+    merged = torch.empty(deltas[0].shape)
+    chunks = zip(merged.view(-1).split(CHUNK), *(delta.flatten().split(CHUNK) for delta in deltas), strict=True)
+    for into, *held in chunks:
+        into.copy_(_agreeing(held, weights, normalize))
+    return merged
+
+
+def _agreeing(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """`agreeing_sum` of one chunk."""
     import torch
 
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hubforge.errors import StepError
+from hubforge.stages import _task_vectors
 from hubforge.stages.task_arithmetic import TaskArithmetic
 from hubforge.stages.ties import Ties
 from hubforge.stages.ties_models import TiesModels
@@ -51,6 +52,13 @@ def test_against_a_loop_in_float64(merge, family):
             total = sum(w for _, w in agreeing)
             change = sum(value for value, _ in agreeing) / (total or 1)
             assert merged[i, j].item() == pytest.approx(float(family["m"][i, j]) + 0.9 * change, abs=1e-5)
+
+
+def test_chunks_do_not_matter(merge, family, monkeypatch):
+    op = TiesModels(base_model="m", models=["a", "b", "c"], weights=[1.0, 0.5, -0.3])
+    expected = merge(op, family)
+    monkeypatch.setattr(_task_vectors, "CHUNK", 1000)
+    assert torch.equal(merge(op, family), expected)
 
 
 def test_schedules_include_and_exclude(checkpoint_folder, context, run_op, tensors_of):
