@@ -2,3 +2,8 @@
 
 It stands apart: it imports nothing of hubforge but its errors; only the command line, the tests and the demo use it.
 """
+
+from .build import Family, build
+from .corpora import Budget
+
+__all__ = ["Budget", "Family", "build"]
