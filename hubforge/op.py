@@ -269,6 +269,10 @@ class TensorOp(Op):
         """What the method must know of its inputs besides their tensors; found as `at.known`."""
         return None
 
+    def review(self, ctx: Context) -> Metrics:
+        """What to say of the finished output, which lies under `ctx.out`; added to the step's metrics."""
+        return {}
+
     def changes(self, name: str, present: frozenset[str]) -> bool:
         """Whether the output differs from the base's tensor, given the refs that have it; if not, its bytes are copied.
 

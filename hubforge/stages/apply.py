@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from hubforge.errors import StepError
-from hubforge.op import AdapterRef, Context, MaskRef, ModelRef, Place, TensorOp
+from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, TensorOp
+from hubforge.tensors.adapter import open_adapter
+from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
+from hubforge.tensors.reader import open_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,9 +21,19 @@ if TYPE_CHECKING:
 CLIP = 0.99  # the quantile of F that counts as 1 when `normalize` is clip
 
 
+@dataclass(frozen=True)
+class Known:
+    """F_layer by layer; and, with `protect`, the mask and its own name for each tensor that is projected."""
+
+    layers: Mapping[int, float]
+    mask: Subspaces | None = None
+    bound: Mapping[str, str] = field(default_factory=dict)
+
+
 class Apply(TensorOp):
     """The model with the sum of adapters' deltas added, damped by the Fisher importance of each weight and layer.
 
+    With `protect` the damped sum is projected out of a subspace last, since gates per element push it back in.
     Only tensors that an adapter changes are computed; all others keep their bytes. Without `importance` one adapter
     gives the bits of PEFT's `merge_and_unload` (the product in float32, added in float32, rounded once), and the right
     scale for rsLoRA too.
@@ -54,22 +68,52 @@ class Apply(TensorOp):
         "the most important layer is then not changed at all.",
     )
 
+    protect: MaskRef | None = Field(
+        None,
+        description="A subspace mask of the model: the whole change, after damping, is projected out of it. Needs the "
+        "memory of the largest tensor.",
+    )
+    projection: Projection = Field(
+        "two_sided",
+        description="With P = UUᵀ and Q = VVᵀ of the mask: two_sided (I − P)Δ(I − Q); left (I − P)Δ; right Δ(I − Q); "
+        "core Δ − PΔQ; scale (I − sP)Δ(I − sQ), s = `strength`; published Δ − PΔ − ΔQ, which is no projection.",
+    )
+    strength: float = Field(1.0, gt=0, le=1, description="s of `projection: scale`.")
+
     @model_validator(mode="after")
     def _one_weight_each(self) -> Apply:
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.adapters)} adapters")
         if not all(math.isfinite(factor) for factor in [*(self.weights or []), self.scale]):
             raise ValueError("scale and weights must be finite numbers")
+        if self.strength != 1 and self.projection != "scale":
+            raise ValueError(f"strength is for `projection: scale`, not {self.projection}")
         return self
 
     def whole(self) -> bool:
-        return self.importance is not None and self.normalize in ("rank", "clip")
+        return self.protect is not None or (self.importance is not None and self.normalize in ("rank", "clip"))
 
-    def prepare(self, ctx: Context) -> Mapping[int, float]:
-        """F_layer of each layer."""
-        if self.importance is None or not self.layer_damping:
+    def prepare(self, ctx: Context) -> Known:
+        layers: Mapping[int, float] = {}
+        if self.importance is not None and self.layer_damping:
+            layers = layer_importance(ctx.artifact(self.importance).read_json("layer_importance.json"), ctx.where)
+        if self.protect is None:
+            return Known(layers)
+        mask = Subspaces(ctx.path(self.protect))
+        with open_checkpoint(ctx.path(self.model)) as base:
+            shapes: dict[str, tuple[int, ...]] = {}
+            for ref in self.adapters:
+                with open_adapter(ctx.path(ref), str(ref)) as adapter:
+                    shapes |= {name: base.info(name).shape for name in adapter.on(base)}
+        return Known(layers, mask, mask.bind(shapes, ctx.where))
+
+    def review(self, ctx: Context) -> Metrics:
+        """The leak of what was written, rounding and all."""
+        if self.protect is None:
             return {}
-        return layer_importance(ctx.artifact(self.importance).read_json("layer_importance.json"), ctx.where)
+        with open_checkpoint(ctx.path(self.model)) as base, open_checkpoint(ctx.out) as made:
+            found = stored_leaks(base, made, Subspaces(ctx.path(self.protect)))
+        return {"leak": {"projection": self.projection, "strength": self.strength, **summary(found)}}
 
     def changes(self, name: str, present: frozenset[str]) -> bool:
         changed = self.scale != 0 and any(adapter in present for adapter in self.adapters)
@@ -79,7 +123,7 @@ class Apply(TensorOp):
         return changed
 
     def measures(self) -> bool:
-        return self.importance is not None and not self.whole()
+        return self.importance is not None and self.normalize in ("minmax", "log")
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         fisher = w[str(self.importance)]
@@ -103,10 +147,18 @@ class Apply(TensorOp):
             change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
             if self.layer_damping and at.layer is not None:
                 scale *= 1 - self._layer(at.layer, at)
+        if self.protect is not None:
+            change = self._protected(change, at)
         return w[self.model] + change * scale
 
+    def _protected(self, change: Tensor, at: Place) -> Tensor:
+        known: Known = at.known
+        if known.mask is None or at.name not in known.bound:
+            return change  # Instruct and pretrained are equal here: there is nothing to protect.
+        return protect(change, known.mask.read(known.bound[at.name]), self.projection, self.strength)
+
     def _layer(self, layer: int, at: Place) -> float:
-        layers: Mapping[int, float] = at.known
+        layers: Mapping[int, float] = at.known.layers
         if layer not in layers:
             what = f"{self.importance} has no importance for layer {layer} ({at.name})"
             raise StepError(what, mend="Make a mask of this very model, or set `layer_damping: false`.")

@@ -82,7 +82,7 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
         work.run(threads or _threads(op, targets, ctx))
         copy_side_files(source, ctx.out, lambda config: _edit(op, config), op.keeps)
         ctx.sha256.update(writer.complete())
-    return _metrics(targets, layout, work.gains(), ctx)
+    return _metrics(targets, layout, work.gains(), ctx) | op.review(ctx)
 
 
 def plan_targets(op: TensorOp, inputs: Inputs, ctx: Context) -> tuple[list[Target], Layout]:

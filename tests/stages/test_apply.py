@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from hubforge.errors import SourceError, StepError
 from hubforge.op import Place
-from hubforge.stages.apply import Apply, layer_importance, normalized
+from hubforge.stages.apply import Apply, Known, layer_importance, normalized
 
 
 def test_apply_adds_the_scaled_product():
@@ -21,7 +21,7 @@ def test_apply_adds_the_scaled_product():
 def test_importance_damps_weights_and_layers():
     op = Apply(model="m", adapters=["a"], importance="f")
     w = {"m": torch.zeros(1, 3), "a": torch.ones(1, 3), "f": torch.tensor([[2.0, 3.0, 4.0]])}
-    at = Place("w", layer=1, known={0: 0.0, 1: 0.25}, totals=op.measure(w, Place("w")))
+    at = Place("w", layer=1, known=Known({0: 0.0, 1: 0.25}), totals=op.measure(w, Place("w")))
     # F_param = [0, .5, 1], F_layer = .25
     assert op.tensor(w, at).tolist() == [[0.75, 0.375, 0.0]]
 

@@ -1,0 +1,71 @@
+"""`protect:` on apply: what was gated per element is taken out of the subspace again, and the leak is reported."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hubforge.errors import StepError
+from hubforge.op import Artifact, Context
+from hubforge.stages.apply import Apply
+from hubforge.tensors.engine import run_tensor_op
+from hubforge.tensors.projection import Subspaces, leak
+from hubforge.tensors.reader import open_checkpoint
+
+LINEAR = re.compile(r"_proj\.weight$")
+
+
+@pytest.fixture(scope="module")
+def masks(tiny_llama, tmp_path_factory):
+    """A random subspace of each linear layer, and a random Fisher."""
+    folder, generator = tmp_path_factory.mktemp("masks"), torch.Generator().manual_seed(0)
+    core, fisher = {}, {}
+    with open_checkpoint(tiny_llama) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if LINEAR.search(name):
+                fisher[name] = torch.rand(*info.shape, generator=generator)
+                for part, size in zip("UV", info.shape, strict=True):
+                    core[f"{name}.{part}"] = torch.linalg.qr(torch.randn(size, 8, generator=generator)).Q.contiguous()
+    for name, tensors in (("core", core), ("fisher", fisher)):
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / f"{'subspace' if name == 'core' else name}.safetensors")
+    layers = {str(number): {"sum": number + 1.0} for number in range(2)}
+    (folder / "fisher" / "layer_importance.json").write_text(json.dumps({"layers": layers}))
+    return folder
+
+
+def applied(tmp_path, model, adapter, masks, **fields):
+    inputs = {
+        "it": Artifact("it", "model", "1", model),
+        "prose": Artifact("prose", "adapter", "2", adapter),
+        "core": Artifact("core", "mask", "3", masks / "core"),
+        "fisher": Artifact("fisher", "mask", "4", masks / "fisher"),
+    }
+    op = Apply.model_validate({"model": "it", "adapters": ["prose"], "dtype": "float32"} | fields)
+    return run_tensor_op(op, Context("stages.x", tmp_path, inputs, where="r.yaml:5")), tmp_path
+
+
+@pytest.mark.parametrize("normalize", ["minmax", "rank"])
+def test_a_gated_change_is_taken_out_of_the_subspace(tmp_path, tiny_llama, tiny_loras, masks, normalize):
+    gate = {"importance": "fisher", "normalize": normalize, "layer_damping": False}
+    metrics, out = applied(tmp_path / "a", tiny_llama, tiny_loras["one"], masks, protect="core", **gate)
+    free, _ = applied(tmp_path / "b", tiny_llama, tiny_loras["one"], masks, **gate)
+    assert "leak" not in free
+    assert metrics["leak"]["matrices"] == 14 and metrics["leak"]["worst"] < 1e-5  # float32 W + Δ rounds Δ
+    mask = Subspaces(masks / "core")
+    with open_checkpoint(tiny_llama) as base, open_checkpoint(out) as made:
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst < 1e-5
+    with open_checkpoint(tiny_llama) as base, open_checkpoint(tmp_path / "b") as made:
+        assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst > 0.1
+
+
+def test_what_the_mask_does_not_cover_is_an_error(tmp_path, tiny_llama, tiny_loras, masks):
+    few = tmp_path / "masks" / "core"
+    few.mkdir(parents=True)
+    with open_checkpoint(masks / "core") as checkpoint:
+        save_file({n: checkpoint.read(n) for n in checkpoint if ".layers.0." in n}, few / "subspace.safetensors")
+    with pytest.raises(StepError, match=r"r\.yaml:5: .*no subspace for model\.layers\.1"):
+        applied(tmp_path / "out", tiny_llama, tiny_loras["one"], few.parent, protect="core")
