@@ -125,13 +125,15 @@ def test_pushing_while_garbage_is_collected_tears_nothing(local_hub: LocalHub, a
         while not stop.is_set():
             collect(local_hub.folder, older=0)
             rounds[0] += 1
-            time.sleep(chance.random() * 0.3)
+            time.sleep(chance.random() * 0.2)
 
     thread = threading.Thread(target=collecting)
     thread.start()
     acknowledged = []
     try:
-        for number in range(30):
+        for number in range(300):
+            if number >= 30 and rounds[0] >= 8:
+                break
             adds = [add("n.txt", str(number % 3).encode()), add("w.bin", b"\0" + bytes([number % 4]))]
             try:
                 acknowledged.append(api.create_commit(repo, adds, commit_message=str(number)).oid)
@@ -142,7 +144,7 @@ def test_pushing_while_garbage_is_collected_tears_nothing(local_hub: LocalHub, a
     finally:
         stop.set()
         thread.join()
-    assert rounds[0] > 3 and len(acknowledged) > 3, refused
+    assert rounds[0] >= 8 and len(acknowledged) > 3, refused
     check_whole(local_hub.folder)
     kept = {commit.id for commit in Shelf(local_hub.folder).get("models", repo).history(
         Shelf(local_hub.folder).get("models", repo).find("main"))}  # fmt: skip

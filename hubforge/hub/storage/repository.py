@@ -56,6 +56,9 @@ def _read_commit(path: Path) -> Commit:
     return Commit(**{**data, "parents": tuple(data["parents"]), "changed": tuple(data["changed"])})
 
 
+_OVERHEAD = 10  # What a tree itself takes, in files.
+
+
 class _Trees:
     """Trees read lately, so many files in all: a tree may hold one file or fifty thousand."""
 
@@ -73,13 +76,13 @@ class _Trees:
         with self._guard:
             if path not in self._trees:
                 self._trees[path] = tree
-                self._files += len(tree.files)
+                self._files += len(tree.files) + _OVERHEAD
             while self._files > self._limit and len(self._trees) > 1:
-                self._files -= len(self._trees.popitem(last=False)[1].files)
+                self._files -= len(self._trees.popitem(last=False)[1].files) + _OVERHEAD
         return tree
 
 
-_trees = _Trees(limit=30_000)  # About 20 MB.
+_trees = _Trees(limit=20_000)  # About 8 MB: a file takes 400 bytes.
 
 
 class Repository:
