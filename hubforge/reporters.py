@@ -216,7 +216,7 @@ def amount(done: float, total: float | None, unit: str) -> str:
         )
         digits = 1 if scale > 1 else 0
         return f"{done / scale:.{digits}f}{f'/{total / scale:.{digits}f}' if total else ''} {name}"
-    return f"{done:g}{f'/{total:g}' if total else ''} {unit}".rstrip()
+    return f"{done:.0f}{f'/{total:.0f}' if total else ''} {unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
