@@ -331,4 +331,6 @@ def build_lab(folder: Path, seed: int, *, quiet: bool) -> None:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
-    build(folder, seed=seed, report=say)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the training libraries deprecate is no business of the user's
+        build(folder, seed=seed, report=say)
