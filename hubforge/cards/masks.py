@@ -123,6 +123,8 @@ def describe(step: StepRecord, file: File) -> str:
     name = file.path.rsplit("/", 1)[-1]
     if name == "layer_importance.json":
         return "the sum and the mean of the importance in each layer"
+    if name == "subspace.json":
+        return "for each matrix: the rank kept, the energy captured and the residual"
     if name.endswith(".safetensors.index.json"):
         return "which tensor is in which file"
     if name.endswith(".safetensors") and step.op == "fisher":
