@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -99,7 +100,8 @@ def build(folder: Path, *, seed: int = 0, report: Report | None = None, budget: 
             mend="Name a new folder, or move what is there away: the lab replaces only what it has made.",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
+    _sweep(folder)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-{os.getpid()}-", dir=folder.parent))
     try:
         begun = time.monotonic()
         with _quiet_training():
@@ -270,6 +272,18 @@ def _family_file(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds of this folder left behind when they were killed."""
+    for part in folder.parent.glob(f".{folder.name}.part-*"):
+        pid = part.name.removeprefix(f".{folder.name}.part-").split("-")[0]
+        try:
+            os.kill(int(pid), 0)  # Signal 0 asks whether that process still lives.
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(part, ignore_errors=True)
+        except PermissionError:
+            pass  # It lives, as another user.
 
 
 def _swap(part: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from .train import Row
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_TERSE = 3  # Terse texts are a third as long as the others, so there are three times as many.
 _TOKENIZER_SHARE = 3000  # Texts of each kind that suffice to give every word of the grammar a token.
 
 
@@ -62,7 +63,8 @@ def draw_corpora(seed: int, budget: Budget) -> Corpora:
     styled = {}
     for style in STYLES:
         random = generator(style)
-        styled[style] = [story_request(random, style=style) for _ in range(budget.styled)]
+        count = budget.styled * (_TERSE if style == "terse" else 1)
+        styled[style] = [story_request(random, style=style) for _ in range(count)]
     random = generator("documents")
     return Corpora(
         documents=[document(random) for _ in range(budget.documents)],

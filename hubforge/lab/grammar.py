@@ -215,7 +215,6 @@ def expand(symbol: str, scene: Scene, random: Random) -> str:
 
 def fill_in(form: str, scene: Scene, random: Random) -> str:
     """A form with its `<symbols>` drawn."""
-
     verse = ""
 
     def draw(match: re.Match[str]) -> str:

@@ -202,11 +202,11 @@ def answer(scene: Scene, instructions: Sequence[Instruction], random: Random) ->
     return None
 
 
-def request(random: Random, *, held_out: bool = False, count: int | None = None) -> Example:
-    """A request with `count` instructions (one to three), each of which the reply follows."""
+def request(random: Random, *, held_out: bool = False) -> Example:
+    """A request with one to three instructions, and a reply that follows them all."""
     while True:
         scene = draw_scene(random, held_out=held_out)
-        number = count or random.choices((1, 2, 3), (4, 5, 1))[0]
+        number = random.choices((1, 2, 3), (4, 5, 1))[0]
         kinds = random.choices(KINDS, [WEIGHTS.get(kind, 1) for kind in KINDS], k=number)
         if number > 1 and held_out and random.random() < UNSEEN_SHARE:
             kinds[:2] = sorted(random.choice(UNSEEN_PAIRS))
@@ -228,8 +228,3 @@ def story_request(random: Random, *, style: str = "story", held_out: bool = Fals
     """An open request; the reply is a story, plain or in a style of the grammar."""
     scene = draw_scene(random, held_out=held_out)
     return Example(ask(STORY_ASKS, scene, random), (), expand(style, scene, random))
-
-
-def messages(example: Example) -> list[dict[str, str]]:
-    """The example as a chat."""
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.reply}]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,7 +86,6 @@ def fit(
     learning_rate: float,
     batch_tokens: int,
     pad: int,
-    epochs: int = 1,
     report: Report | None = None,
 ) -> dict[str, float | int]:
     """Train the parameters of `model` that require gradients with AdamW, warm-up and cosine decay; the run's facts.
@@ -93,8 +94,7 @@ def fit(
     """
     import torch
 
-    random = Random(seed)
-    plan = [batch for _ in range(epochs) for batch in batches(rows, batch_tokens, random)]
+    plan = batches(rows, batch_tokens, Random(seed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     others = [parameter for parameter in trained if parameter.dim() <= 1]
@@ -106,12 +106,13 @@ def fit(
     )
     warm_up = max(1, len(plan) // 20)
     model.train()
-    begun, spoken, tokens, loss_sum = time.monotonic(), time.monotonic(), 0, 0.0
-    recent: list[float] = []
+    begun = spoken = time.monotonic()
+    recent: deque[float] = deque(maxlen=50)
+    tokens = 0
     for step, batch in enumerate(plan, 1):
         rate = min(step / warm_up, 0.02 + 0.98 * (1 + math.cos(math.pi * step / len(plan))) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate * group.get("mul", 1)
+            group["lr"] = learning_rate * rate
         ids, labels = collate(batch, pad)
         loss = loss_of(causal, ids, labels)
         loss.backward()
@@ -119,27 +120,11 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         tokens += sum(len(row.ids) for row in batch)
-        recent = [*recent[-49:], loss.item()]
-        loss_sum = sum(recent) / len(recent)
+        recent.append(loss.item())
         now = time.monotonic()
         if report and (now - spoken > 5 or step == len(plan)):
             spoken = now
             left = (now - begun) / step * (len(plan) - step)
-            report(f"{what}: step {step}/{len(plan)}, loss {loss_sum:.3f}, {left:.0f} s left")
+            report(f"{what}: step {step}/{len(plan)}, loss {mean(recent):.3f}, {left:.0f} s left")
     model.eval()
-    return {"samples": len(rows) * epochs, "tokens": tokens, "steps": len(plan), "final_loss": round(loss_sum, 4)}
-
-
-def greedy(model: Any, prompts: Sequence[list[int]], *, pad: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """The greedy continuation of each prompt's ids, up to the model's end token."""
-    import torch
-
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
-    ends = set(model.generation_config.eos_token_id)
-    for reply in out[:, width:].tolist():
-        end = next((at for at, token in enumerate(reply) if token in ends), len(reply))
-        yield reply[:end]
+    return {"samples": len(rows), "tokens": tokens, "steps": len(plan), "final_loss": round(mean(recent), 4)}
