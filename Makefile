@@ -31,7 +31,7 @@ demo: $(READY)
 	$(BIN)/hubforge publish recipes/demo.yaml --to local
 
 test: $(READY) lint types
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not network'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu and not network'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m 'slow and not network'
