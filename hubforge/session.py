@@ -102,11 +102,11 @@ class Session:
         notes: list[str] = []
         try:
             plan = make(self.recipe, self.store)
-        except LockError as error:
+        except LockError:
             if read_lock(self.recipe.path) is not None:
                 raise
             if not online:
-                return [f"not locked yet: {error.mend}"]
+                return [f"not locked yet: `hubforge lock {self.recipe.path}` pins its Hub sources"]
             plan = None
         if plan is not None:
             notes += check_license(draft(plan))
