@@ -33,7 +33,7 @@ def test_starters_are_sound(purpose, hubforge, tmp_path):
     done = hubforge("init", purpose, "recipes/mine.yaml")
     assert "wrote recipes/mine.yaml" in done.stdout
     assert (tmp_path / "recipes/mine.yaml").read_text().startswith("# yaml-language-server: $schema=schema.json\n")
-    assert "not locked yet" in hubforge("check", "recipes/mine.yaml").stdout or purpose == "merge"
+    assert "hubforge lock recipes/mine.yaml" in " ".join(hubforge("check", "recipes/mine.yaml").stdout.split())
 
 
 def test_init_never_overwrites(hubforge):
