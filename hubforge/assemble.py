@@ -115,9 +115,8 @@ def target_record(runner: Runner, name: str) -> TargetRecord:
         private=op.private,
         entries=target.entries,
     )
-    prefix = f"{op.folder.strip('/')}/" if op.folder else ""
     found = tuple(
-        File(path=prefix + file.path, size=file.size, sha256=file.sha256)
+        File(path=record.prefix + file.path, size=file.size, sha256=file.sha256)
         for entry in target.entries
         for file in artifact_files(runner, entry)
     )

@@ -12,6 +12,7 @@ from hubforge import __version__, catalog
 from hubforge.machine import hardware
 from hubforge.places import default_store, hub_folder, real_hub
 from hubforge.sources import package_versions
+from hubforge.store import existing
 
 PACKAGES = (
     "huggingface_hub", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "datasets", "lm_eval",
@@ -38,16 +39,10 @@ def examine() -> dict[str, Any]:
         "packages": package_versions(PACKAGES),
         "endpoint": real_hub().endpoint,
         "tokens": tokens,
-        "store": {"folder": str(store), "free_bytes": shutil.disk_usage(_existing(store)).free},
+        "store": {"folder": str(store), "free_bytes": shutil.disk_usage(existing(store)).free},
         "embedded_hub": str(hub_folder()),
         "ops": ops,
     }
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _gpus() -> list[str]:

@@ -40,7 +40,7 @@ def render(release: Release, name: str, *, siblings: Sequence[Release] = (), tem
 
     target = next(target for target in release.targets if target.name == name)
     pages = render_card(release, name, siblings=siblings, templates=templates)
-    prefix = f"{target.folder.strip('/')}/" if target.folder else ""
+    prefix = target.prefix
     own = {path: content for path, content in pages.items() if path.startswith(prefix)}
     listed = (*target.files, *(File(path=path, size=len(c), sha256=hash_bytes(c)) for path, c in own.items()))
     target = target.model_copy(update={"files": tuple(sorted(listed, key=lambda file: file.path))})
@@ -69,7 +69,7 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
     """What the repository of a target is to hold."""
     recipe = runner.plan.recipe
     target = pages.target
-    prefix = f"{target.folder.strip('/')}/" if target.folder else ""
+    prefix = target.prefix
     files = [
         UploadFile(prefix + file.path, located(runner, entry, file.path), file.size, file.sha256)
         for entry in target.entries

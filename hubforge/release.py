@@ -138,6 +138,11 @@ class TargetRecord(Record):
     files: tuple[File, ...] = ()
     """Paths in the repository, README and pictures included; not the release file and SHA256SUMS themselves."""
 
+    @property
+    def prefix(self) -> str:
+        """What every path of it in the repository begins with: "g4-31b-it/", or nothing."""
+        return f"{self.folder.strip('/')}/" if self.folder else ""
+
 
 class CardText(BaseModel):
     """What the author says of the model. Shown as written; nothing else on a card is invented."""

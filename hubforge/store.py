@@ -228,7 +228,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(_existing(where)).free
+            free = shutil.disk_usage(existing(where)).free
             raise StoreError(
                 f"the disk is full ({free / 1e9:.1f} GB free)",
                 where=str(where),
@@ -239,7 +239,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path, or the closest folder around it that is there."""
     while not path.exists():
         path = path.parent
     return path
