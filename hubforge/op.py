@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -235,7 +235,8 @@ class Place:
     shape: tuple[int, ...] = ()  # of the whole tensor
     first: int = 0  # the first row at hand
     known: Any = None  # what `prepare` returned
-    totals: Mapping[str, float] = field(default_factory=dict)  # what `measure` found over the whole tensor
+    totals: Mapping[str, Any] = field(default_factory=dict)  # what `measure` found over the whole tensor
+    turn: int = 0  # which of its passes `measure` is asked for, from 0
 
 
 class TensorOp(Op):
@@ -280,17 +281,23 @@ class TensorOp(Op):
         """
         return len(present) > 1
 
-    def measures(self) -> bool:
-        """Whether `tensor` needs `at.totals`: a first pass over each tensor that changes then calls `measure`."""
-        return False
+    def measures(self) -> int:
+        """How many passes over each tensor that changes `measure` makes before `tensor`, which needs `at.totals`."""
+        return 0
 
-    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
-        """Numbers of these rows that `tensor` needs of the whole tensor. Inputs not touched here are not read."""
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, Any]:
+        """What `tensor` needs to know of these rows. Inputs not touched here are not read.
+
+        at.turn: the pass; from the second on, `at.totals` holds what those before found.
+        """
         return {}
 
-    def combine(self, one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
-        """The numbers of two runs of rows together. By default sums."""
-        return {name: one[name] + other[name] for name in one}
+    def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
+        """What is known of the whole tensor after a pass, from that of its runs of rows in order. By default sums.
+
+        at: the whole tensor; `at.totals` are those of the passes before, and are replaced by what this returns.
+        """
+        return {name: sum(each[name] for each in found) for name in found[0]}
 
     @abstractmethod
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -122,8 +122,8 @@ class Apply(TensorOp):
             raise StepError(what, mend="Make a mask of this very model, covering every module the adapters train.")
         return changed
 
-    def measures(self) -> bool:
-        return self.importance is not None and self.normalize in ("minmax", "log")
+    def measures(self) -> int:
+        return int(self.importance is not None and self.normalize in ("minmax", "log"))
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         fisher = w[str(self.importance)]
@@ -133,8 +133,8 @@ class Apply(TensorOp):
                 return {"min": math.inf, "max": 0.0}
         return {"min": float(fisher.min()), "max": float(fisher.max())}
 
-    def combine(self, one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
-        return {"min": min(one["min"], other["min"]), "max": max(one["max"], other["max"])}
+    def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
+        return {"min": min(each["min"] for each in found), "max": max(each["max"] for each in found)}
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         factors = self.weights or [1.0] * len(self.adapters)

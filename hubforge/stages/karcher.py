@@ -33,8 +33,8 @@ class Karcher(Merge):
         1e-5, gt=0, description="Radians: a smaller step is the last; lengths below it have no direction."
     )
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         return products({index: w[model] for index, model in indexed(self.models, w)})

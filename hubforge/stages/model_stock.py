@@ -30,8 +30,8 @@ class ModelStock(FromBase):
     models: list[ModelRef] = Field(min_length=2, description="The fine-tuned models, of the base's architecture.")
     filter_wise: bool = Field(False, description="Whether each row of a matrix has a t of its own.")
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         base = w[self.base_model]

@@ -39,8 +39,8 @@ class Multislerp(Merge):
     def base_ref(self) -> str:
         return str(self.base_model or self.models[0])
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         return products(self.points(w))

@@ -44,8 +44,8 @@ class Nuslerp(Merge):
     def whole(self) -> bool:
         return self.along == "columns"
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         if len(ends := self.ends(w)) < 2 or self.dimension(ends[0]) is not None:

@@ -30,8 +30,8 @@ class RamplusTl(FromBase):
     alpha: float = Field(0.2, ge=0, description="α, the largest ratio that counts.")
     epsilon: float = Field(1e-5, gt=0, description="ε, the change of an element that still counts as none.")
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         base = w[self.base_model]
@@ -54,5 +54,5 @@ class RamplusTl(FromBase):
 
     def factor(self, index: int, at: Place) -> float:
         """λᵢ of this tensor. A model with no change of its own has nothing to scale."""
-        ratio = at.totals[f"shared {index}"] / max(at.totals[f"alone {index}"], self.epsilon)
+        ratio: float = at.totals[f"shared {index}"] / max(at.totals[f"alone {index}"], self.epsilon)
         return 1 + self.r * min(ratio, self.alpha)

@@ -34,8 +34,8 @@ class Sce(FromBase):
     def whole(self) -> bool:
         return self.select_topk < 1
 
-    def measures(self) -> bool:
-        return not self.whole()
+    def measures(self) -> int:
+        return int(not self.whole())
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         held = indexed(self.models, w)

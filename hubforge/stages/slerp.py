@@ -40,8 +40,8 @@ class Slerp(TensorOp):
             raise StepError(f"{self.to} has no tensor {name}, which {self.model} has", mend=mend)
         return self.t > 0 and self.to in present and self.to != self.model
 
-    def measures(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         a = w[self.model].double().flatten()

@@ -59,6 +59,7 @@ class Job:
     first: int
     last: int
     piece: Piece | None  # None: measure
+    turn: int = 0  # which pass of measuring
 
 
 def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Metrics:
@@ -119,47 +120,52 @@ def plan_targets(op: TensorOp, inputs: Inputs, ctx: Context) -> tuple[list[Targe
 
 
 def _blocks(info: TensorInfo, rows: int | None) -> tuple[tuple[int, int], ...]:
-    """Runs of `rows` rows; by default as many as make a block, and never less than one."""
+    """Runs of `rows` rows; by default as many as make a block, and never less than one. A vector is not cut."""
     if info.elements == 0:
         return ()
+    if len(info.shape) < 2:  # A vector is one row to methods that work row by row.
+        return ((0, info.rows),)
     step = rows or max(1, BLOCK * info.rows // info.elements)
     return tuple((first, min(first + step, info.rows)) for first in range(0, info.rows, step))
 
 
 def plan_jobs(op: TensorOp, targets: Sequence[Target]) -> list[Job]:
-    """The work in the order of the output's bytes; a tensor's measuring stands before its writing."""
-    jobs = []
-    for target in targets:
+    """The work, written in the order of the output's bytes; measuring a tensor stands before writing it.
+
+    Each pass over a tensor is followed by the pass before it over the next tensor, so that a thread finds something
+    to do while another finishes a pass.
+    """
+    passes = op.measures()
+    jobs: list[tuple[int, Job]] = []
+    for place, target in enumerate(targets):
         runs = [(first, min(first + PIECE, len(target.blocks))) for first in range(0, len(target.blocks), PIECE)]
-        if op.measures() and not target.copied:
-            jobs += [Job(target, first, last, None) for first, last in runs]
+        if not target.copied:
+            jobs += [(place + turn, Job(target, *run, None, turn)) for turn in range(passes) for run in runs]
         for number, (first, last) in enumerate(runs):
             piece = piece_of(target.slot, number, target.blocks[first][0], target.blocks[last - 1][1])
-            jobs.append(Job(target, first, last, piece))
-    return jobs
+            jobs.append((place + passes, Job(target, first, last, piece)))
+    return [job for _, job in sorted(jobs, key=lambda timed: timed[0])]
 
 
 class _Totals:
     """What `measure` found for one tensor, gathered from jobs that end in any order, combined in the blocks' order."""
 
-    def __init__(self, missing: int) -> None:
+    def __init__(self, op: TensorOp, target: Target, at: Place) -> None:
+        self._op, self._target, self._at = op, target, at
         self._lock = threading.Lock()
-        self._found: dict[int, Mapping[str, float]] = {}
-        self._missing = missing
-        self.complete = threading.Event()
-        self.value: Mapping[str, float] = {}
+        self._found: dict[int, Mapping[str, Any]] = {}
+        self.complete = [threading.Event() for _ in range(op.measures())]
+        self.value: Mapping[str, Any] = {}
 
-    def add(self, op: TensorOp, found: Mapping[int, Mapping[str, float]]) -> None:
+    def add(self, found: Mapping[int, Mapping[str, Any]], turn: int) -> None:
         with self._lock:
             self._found |= found
-            self._missing -= len(found)
-            if self._missing == 0:
-                blocks = [self._found[block] for block in sorted(self._found)]
-                total = blocks[0]
-                for more in blocks[1:]:
-                    total = op.combine(total, more)
-                self.value = total
-                self.complete.set()
+            if len(self._found) < len(self._target.blocks):
+                return
+            blocks = [self._found[block] for block in sorted(self._found)]
+            self._found = {}
+            self.value = self._op.combine(blocks, replace(self._at, totals=self.value, turn=turn))
+            self.complete[turn].set()
 
 
 class _Work:
@@ -182,7 +188,11 @@ class _Work:
         self.left = left
         self.next = 0
         self.total = sum(job.piece.end - job.piece.start for job in jobs if job.piece)
-        self.totals = {job.target.name: _Totals(len(job.target.blocks)) for job in left if job.piece is None}
+        self.totals = {
+            job.target.name: _Totals(op, job.target, self._place(job.target, 0)[1])
+            for job in left
+            if job.piece is None and job.turn == 0
+        }
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self.error: BaseException | None = None
@@ -259,23 +269,31 @@ class _Work:
         rows = Rows(self.inputs, target.present, target.name, first, last)
         return rows, Place(target.name, layer_of(target.name), target.info.shape, first, self.known)
 
+    def _known(self, target: Target, passes: int) -> Mapping[str, Any] | None:
+        """What so many passes of measuring found; None when the work has stopped."""
+        if target.name not in self.totals or passes == 0:
+            return {}
+        # They were handed out before, so another thread is at the last of them.
+        while not self.totals[target.name].complete[passes - 1].wait(0.1):
+            if self.stopped.is_set():
+                return None
+        return self.totals[target.name].value
+
     def _measure(self, job: Job) -> None:
+        totals = self._known(job.target, job.turn)
+        if totals is None:
+            return
         found = {}
         for block in range(job.first, job.last):
             rows, place = self._place(job.target, block)
-            found[block] = self.op.measure(rows, place)
-        self.totals[job.target.name].add(self.op, found)
+            found[block] = self.op.measure(rows, replace(place, totals=totals, turn=job.turn))
+        self.totals[job.target.name].add(found, job.turn)
 
     def _write(self, job: Job, piece: Piece) -> None:
         target = job.target
-        totals: Mapping[str, float] = {}
-        if target.name in self.totals:
-            waiting = self.totals[target.name]
-            # Its measuring was handed out before this job, so another thread is at it.
-            while not waiting.complete.wait(0.1):
-                if self.stopped.is_set():
-                    return
-            totals = waiting.value
+        totals = self._known(target, self.op.measures())
+        if totals is None:
+            return
         crc = offset = 0
         sums = [0.0, 0.0]
         for block in range(job.first, job.last):
@@ -304,7 +322,7 @@ class _Work:
         rows = self.inputs.base.read_rows(target.name, first, last)
         return rows.to(dtypes.torch_dtype(target.slot.dtype)).reshape(-1).view(torch.uint8)
 
-    def _compute(self, target: Target, block: int, totals: Mapping[str, float]) -> tuple[torch.Tensor, float, float]:
+    def _compute(self, target: Target, block: int, totals: Mapping[str, Any]) -> tuple[torch.Tensor, float, float]:
         """The bytes of one block, and its gain sums."""
         import torch
 

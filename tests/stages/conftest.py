@@ -23,11 +23,9 @@ def merge():
             return {ref: tensor[first : first + step] for ref, tensor in w.items()}
 
         totals = {}
-        if op.measures():
-            found = [op.measure(block(first), at(first)) for first in firsts]
-            totals = found[0]
-            for more in found[1:]:
-                totals = op.combine(totals, more)
+        for turn in range(op.measures()):
+            known = {"totals": totals, "turn": turn}
+            totals = op.combine([op.measure(block(first), at(first, **known)) for first in firsts], at(0, **known))
         before = {ref: tensor.clone() for ref, tensor in w.items()}
         merged = torch.cat([op.tensor(block(first), at(first, totals=totals)) for first in firsts])
         assert all(torch.equal(w[ref], before[ref]) for ref in w), "an input was changed in place"

@@ -42,13 +42,33 @@ class Centred(TensorOp):
         return True
 
     def measures(self):
-        return True
+        return 1
 
     def measure(self, w, at):
         return {"sum": float(w[self.model].double().sum())}
 
     def tensor(self, w, at):
         return w[self.model] - at.totals["sum"] / max(1, torch.Size(at.shape).numel())
+
+
+class Standardised(Centred):
+    """The same divided by its spread, which a second pass finds about the mean that the first found."""
+
+    def measures(self):
+        return 2
+
+    def measure(self, w, at):
+        if at.turn == 0:
+            return super().measure(w, at)
+        mean = at.totals["sum"] / torch.Size(at.shape).numel()
+        return {"squares": float((w[self.model].double() - mean).square().sum())}
+
+    def combine(self, found, at):
+        return at.totals | super().combine(found, at)
+
+    def tensor(self, w, at):
+        spread = (at.totals["squares"] / torch.Size(at.shape).numel()) ** 0.5
+        return super().tensor(w, at) / (spread or 1.0)
 
 
 def digests(folder):
@@ -75,7 +95,11 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("op", [Half(model="m"), Centred(model="m")], ids=["one pass", "measured"])
+@pytest.mark.parametrize(
+    "op",
+    [Half(model="m"), Centred(model="m"), Standardised(model="m")],
+    ids=["one pass", "measured", "measured twice"],
+)
 def test_same_bytes_for_any_threads_and_input_shards(op, small_blocks, checkpoint_folder, context, run_op):
     single = checkpoint_folder("single", TENSORS)
     sharded = checkpoint_folder("sharded", dict(reversed(TENSORS.items())), shards=5)
@@ -88,6 +112,16 @@ def test_same_bytes_for_any_threads_and_input_shards(op, small_blocks, checkpoin
         assert {name for name in seen[-1] if "safetensors" in name} == set(ctx.sha256)
     assert len(seen[0]) > 6
     assert seen[1:] == seen[:1] * 3
+
+
+def test_a_later_pass_knows_what_the_earlier_found(small_blocks, checkpoint_folder, context, run_op, tensors_of):
+    ctx = context(m=("model", checkpoint_folder("m", TENSORS)))
+    run_op(Standardised(model="m", dtype="float32"), ctx)
+    for name, tensor in tensors_of(ctx.out).items():
+        if tensor.numel() > 1:
+            wide = TENSORS[name].double()
+            expected = (wide - wide.mean()) / wide.std(correction=0)
+            torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_pickled_base_gives_the_bytes_of_a_safetensors_one(small_blocks, checkpoint_folder, context, run_op):
@@ -193,7 +227,7 @@ KILLED = textwrap.dedent("""
         def changes(self, name, present):
             return True
         def measures(self):
-            return True
+            return 1
         def measure(self, w, at):
             return {"sum": float(w[self.model].double().sum())}
         def tensor(self, w, at):
