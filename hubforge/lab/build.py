@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hubforge.errors import StepError
 
 from . import pages
-from .corpora import Budget, Corpora, Encoder, draw_corpora, plain_stories, prompt_rows, styled_rows
+from .corpora import Budget, Corpora, Encoder, draw_corpora, plain_stories, prompt_rows, styled_data, styled_rows
 from .grammar import STYLES
 from .tokenizer import EOS, EOT, PAD, SPECIAL_TOKENS, save_tokenizer, special_ids, train_bpe
 from .train import Report, fit, pack
@@ -250,6 +250,10 @@ def _write_data(out: Path, seed: int, corpora: Corpora) -> None:
     _write_lines(out / "data" / "stories.jsonl", [{"text": text} for text in plain_stories(seed, 500)])
     _write_lines(out / "data" / "prompts.jsonl", prompt_rows(corpora.prompts))
     _write_lines(out / "data" / "style_prompts.jsonl", [{"prompt": one.prompt} for one in corpora.style_prompts])
+    for style in STYLES:
+        _write_lines(out / "data" / "styles" / f"{style}.jsonl", styled_data(corpora.styled[style]))
+        held_out = styled_data(corpora.styled_held_out[style])
+        _write_lines(out / "data" / "styles" / f"{style}_held_out.jsonl", held_out)
     (out / "data" / "README.md").write_text(pages.DATA, encoding="utf-8")
     tasks = out / "tasks"
     _write_lines(tasks / "held_out.jsonl", [one.row(key) for key, one in enumerate(corpora.held_out)])

@@ -27,6 +27,7 @@ class Budget:
     requests: int = 22000
     stories: int = 1500
     styled: int = 900
+    styled_held_out: int = 100
     held_out: int = 200
     prompts: int = 200
 
@@ -38,6 +39,7 @@ class Corpora:
     documents: list[str]
     requests: list[Example]
     styled: dict[str, list[Example]]  # by style: open requests, each answered in that style
+    styled_held_out: dict[str, list[Example]]  # the same of subjects and places never met in training
     held_out: list[Example]
     prompts: list[Example]  # for Fisher: of the training distribution, never trained on by that prompt
     style_prompts: list[Example]
@@ -65,11 +67,17 @@ def draw_corpora(seed: int, budget: Budget) -> Corpora:
         random = generator(style)
         count = budget.styled * (_TERSE if style == "terse" else 1)
         styled[style] = [story_request(random, style=style) for _ in range(count)]
+    styled_held_out = {
+        style: [story_request(random, style=style, held_out=True) for _ in range(budget.styled_held_out)]
+        for style in STYLES
+        for random in [generator(f"{style}:held_out")]
+    }
     random = generator("documents")
     return Corpora(
         documents=[document(random) for _ in range(budget.documents)],
         requests=requests,
         styled=styled,
+        styled_held_out=styled_held_out,
         held_out=_distinct(generator("held_out"), budget.held_out, held_out=True, without=trained_on),
         prompts=_distinct(generator("prompts"), budget.prompts, held_out=False, without=trained_on),
         style_prompts=[
@@ -122,6 +130,11 @@ def prompt_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
         {"prompt": one.prompt, "response": one.reply, "instructions": [asked.kind for asked in one.instructions]}
         for one in examples
     ]
+
+
+def styled_data(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Rows of data/styles/: a request for a story, and the story in that style."""
+    return [{"prompt": one.prompt, "response": one.reply} for one in examples]
 
 
 def plain_stories(seed: int, count: int) -> list[str]:

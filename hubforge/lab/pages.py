@@ -49,13 +49,15 @@ Trained on {facts["corpus"]} from a small grammar: {facts["samples"]} samples, {
 
 DATA = """# Data of the lab's family
 
-All of it is drawn from the lab's grammar and the seed. None of it was trained on.
+All of it is drawn from the lab's grammar and the seed. None of it was trained on, but for `styles/<style>.jsonl`.
 
 | file | columns |
 |---|---|
 | `stories.jsonl` | `text`: a plain story |
 | `prompts.jsonl` | `prompt`: a request as in training; `response`: one that follows it; `instructions`: their kinds |
 | `style_prompts.jsonl` | `prompt`: an open request for a story |
+| `styles/<style>.jsonl` | `prompt`: such a request; `response`: a story in that style, as the adapter learned it |
+| `styles/<style>_held_out.jsonl` | the same, of subjects and places that never met in training |
 
 The held-out requests lie in `../tasks`, as the lm-eval task `lab_ifeval`: `prompt`, the `instructions` in it with their
 `arguments` (JSON), and an `example_reply` that follows them all. Their subjects and places never met in training.

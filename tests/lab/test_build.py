@@ -13,7 +13,7 @@ from hubforge.errors import StepError
 from hubforge.lab import Budget, Family, build
 from hubforge.lab.build import ADAPTERS, digests, settings_of
 
-SMOKE = Budget(documents=60, requests=80, stories=10, styled=12, held_out=12, prompts=8)
+SMOKE = Budget(documents=60, requests=80, stories=10, styled=12, styled_held_out=4, held_out=12, prompts=8)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,10 @@ def test_data_has_its_columns(family: Family) -> None:
     assert set(first(family.prompts)) == {"prompt", "response", "instructions"}
     assert set(first(family.style_prompts)) == {"prompt"}
     assert set(first(family.stories)) == {"text"}
+    for name, rows in (("terse", 36), ("terse_held_out", SMOKE.styled_held_out)):
+        styled = family.folder / "data" / "styles" / f"{name}.jsonl"
+        assert set(first(styled)) == {"prompt", "response"}
+        assert len(styled.read_text(encoding="utf-8").splitlines()) == rows
     assert len((family.tasks / "held_out.jsonl").read_text(encoding="utf-8").splitlines()) == SMOKE.held_out
 
 
