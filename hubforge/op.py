@@ -251,9 +251,15 @@ class TensorOp(Op):
     resumable: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "merge"
+    computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
         None, description="Element type of the output; by default each tensor keeps the one it has in the base model."
+    )
+    nan: Literal["error", "keep"] = PydanticField(
+        "error",
+        description="NaN or infinity in what is computed: an error that names the input it comes from, or keep. The "
+        "infinities of the base, such as clamp bounds, are always kept.",
     )
     max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
@@ -280,6 +286,14 @@ class TensorOp(Op):
         Raise StepError for a tensor that must not be absent.
         """
         return len(present) > 1
+
+    def skips(self, name: str, present: frozenset[str]) -> bool:
+        """Whether a tensor of the base is left out, given the refs that have it."""
+        return False
+
+    def vocabulary(self) -> Any:
+        """How vocabularies that differ become one (`tensors.vocabulary.Wanted`); None: rows are merged as they are."""
+        return None
 
     def measures(self) -> int:
         """How many passes over each tensor that changes `measure` makes before `tensor`, which needs `at.totals`."""

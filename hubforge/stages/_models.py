@@ -3,60 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import Context, ModelRef, Place, TensorOp
 from hubforge.tensors.names import layer_of
 from hubforge.tensors.reader import open_checkpoint
 from hubforge.tensors.schedule import PerModel, Schedule, depth_of, fits, value_at, values_of
+from hubforge.tensors.vocabulary import RowOf, Wanted
 
 FOR_EACH = "one for all models, or a list of one for each"
 
 
-class Merge(TensorOp):
-    """A merge of `models`; config, tokenizer and the tensors' names come from the first."""
+class TokenRow(BaseModel):
+    """Where the embedding of one token comes from."""
 
-    models: list[ModelRef] = Field(min_length=2, description="The models, of one architecture.")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: ModelRef | None = Field(None, description="The model that lends its row; without one the row is zero.")
+    token: str | None = Field(None, description="Which of that model's tokens; by default the one of the same text.")
+    token_id: int | None = Field(None, ge=0, description="Or which row of that model's table, counted from 0.")
+    force: bool = Field(False, description="Whether models that have the token give their own row up for it too.")
+
+
+class Models(TensorOp):
+    """What every merge of models says of its tensors and tokens."""
+
     include: list[str] | None = Field(
         None, description="Patterns of the tensors to merge, such as `mlp.*` or `layers.3`; by default all."
     )
     exclude: list[str] = Field([], description="Patterns of tensors that keep the base's bytes, `include` or not.")
-    missing: Literal["error", "base"] = Field(
+    missing: Literal["error", "base", "skip"] = Field(
         "error",
-        description="A tensor that only some models have: an error, or base (merged from those that have it; left out "
-        "if the base lacks it).",
+        description="A tensor that only some models have: an error; base (merged from those that have it, left out if "
+        "the base lacks it); or skip (left out of the output).",
+    )
+    tokenizer: Annotated[Literal["base", "union"] | ModelRef | None, Field(union_mode="left_to_right")] = Field(
+        None,
+        description="Whose tokens the output has: base, union (the base's, then what only others have), or a model's. "
+        "Embeddings and heads are then matched by the tokens' text; by default row by row, as they are.",
+    )
+    new_tokens: Literal["average", "zero"] = Field(
+        "average",
+        description="The row of a token in a model that lacks it, if the base lacks it too: the average of those that "
+        "have it, or zero. A token that the base has takes the base's row.",
+    )
+    tokens: dict[str, TokenRow] = Field({}, description="Rows of single tokens, by their text; added if they are new.")
+    pad_to_multiple_of: int = Field(
+        1, ge=1, description="The rows of embeddings and heads are a multiple of it, if `tokenizer` is given."
     )
 
     @model_validator(mode="after")
-    def _one_each(self) -> Merge:
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if name in self.per_model and isinstance(value, list) and len(value) != len(self.models):
-                raise ValueError(f"{name} has {len(value)} entries for {len(self.models)} models")
-        if len(set(self.models)) != len(self.models):
-            raise ValueError("models names one model twice; give it a larger weight instead")
+    def _tokens_need_a_tokenizer(self) -> Models:
+        if self.tokenizer is None and (self.tokens or self.pad_to_multiple_of > 1):
+            raise ValueError("tokens and pad_to_multiple_of need a tokenizer: base, union, or a model's name")
+        for text, row in self.tokens.items():
+            if row.token is not None and row.token_id is not None:
+                raise ValueError(f"tokens: {text!r} has both a token and a token_id")
         return self
 
     @property
-    def per_model(self) -> frozenset[str]:
-        """The fields in which a list has one entry for each model."""
-        return frozenset({"weights", "density", "gamma", "epsilon", "fishers"})
+    def merged(self) -> tuple[ModelRef, ...]:
+        """All models that are merged, the base first."""
+        raise NotImplementedError(type(self).__name__)
 
     @property
     def base_ref(self) -> str:
-        return str(self.models[0])
+        return str(self.merged[0])
 
     def changes(self, name: str, present: frozenset[str]) -> bool:
         if not self.selects(name):
             return False
-        lacking = [model for model in self.models if model not in present]
+        lacking = [model for model in self.merged if model not in present]
         if lacking and self.missing == "error":
-            mend = "`missing: base` merges the models that have it."
+            mend = "`missing: base` merges the models that have it; `missing: skip` leaves the tensor out."
             raise StepError(f"{lacking[0]} has no tensor {name}, which {self.base_ref} has", mend=mend)
-        return any(model in present and model != self.base_ref for model in self.models)
+        return any(model in present and model != self.base_ref for model in self.merged)
+
+    def skips(self, name: str, present: frozenset[str]) -> bool:
+        return self.missing == "skip" and any(model not in present for model in self.merged)
+
+    def vocabulary(self) -> Wanted | None:
+        if self.tokenizer is None:
+            return None
+        rows = {
+            text: RowOf(str(row.model or ""), row.token, row.token_id, row.force) for text, row in self.tokens.items()
+        }
+        return Wanted(str(self.tokenizer), self.new_tokens, rows, self.pad_to_multiple_of)
 
     def selects(self, name: str) -> bool:
         """Whether `include` and `exclude` leave a tensor to be merged."""
@@ -79,6 +114,31 @@ class Merge(TensorOp):
         return self.value(schedule[index] if isinstance(schedule, list) else schedule, at)
 
 
+class Merge(Models):
+    """A merge of `models`; config, tokenizer and the tensors' names come from the first."""
+
+    models: list[ModelRef] = Field(min_length=2, description="The models, of one architecture.")
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Merge:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name in self.per_model and isinstance(value, list) and len(value) != len(self.models):
+                raise ValueError(f"{name} has {len(value)} entries for {len(self.models)} models")
+        if len(set(self.models)) != len(self.models):
+            raise ValueError("models names one model twice; give it a larger weight instead")
+        return self
+
+    @property
+    def per_model(self) -> frozenset[str]:
+        """The fields in which a list has one entry for each model."""
+        return frozenset({"weights", "density", "gamma", "epsilon", "fishers"})
+
+    @property
+    def merged(self) -> tuple[ModelRef, ...]:
+        return tuple(self.models)
+
+
 class FromBase(Merge):
     """A merge of what `models` changed in `base_model`; config, tokenizer and the tensors' names are the base's."""
 
@@ -86,8 +146,13 @@ class FromBase(Merge):
     models: list[ModelRef] = Field(min_length=1, description="The fine-tuned models, of the base's architecture.")
 
     @property
-    def base_ref(self) -> str:
-        return str(self.base_model)
+    def merged(self) -> tuple[ModelRef, ...]:
+        return from_base(self.base_model, self.models)
+
+
+def from_base(base: ModelRef | None, models: Sequence[ModelRef]) -> tuple[ModelRef, ...]:
+    """The models of a merge, its base, if it has one, before the others."""
+    return tuple(dict.fromkeys([base, *models] if base is not None else models))
 
 
 def require_within(name: str, schedule: Any, low: float, high: float, what: str) -> None:

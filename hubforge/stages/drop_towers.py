@@ -30,6 +30,7 @@ class DropTowers(TensorOp):
     buffers and per-layer embeddings included, keeps its bytes. `text_config` becomes the whole config, edited as JSON.
     """
 
+    computes: ClassVar[bool] = False
     formula: ClassVar[str] = "model.language_model.* → model.*"
 
     model: ModelRef = Field(description="A multimodal Gemma 3 or 4.")

@@ -11,7 +11,7 @@ from pydantic import Field
 from hubforge.errors import StepError
 from hubforge.op import ModelRef, Place
 from hubforge.stages._gram import combination, gram, products
-from hubforge.stages._models import Merge, indexed
+from hubforge.stages._models import Merge, from_base, indexed
 from hubforge.tensors.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Multislerp(Merge):
     normalize_weights: bool = Field(True, description="Whether to divide the weights by their sum.")
 
     @property
-    def base_ref(self) -> str:
-        return str(self.base_model or self.models[0])
+    def merged(self) -> tuple[ModelRef, ...]:
+        return from_base(self.base_model, self.models)
 
     def measures(self) -> int:
         return 1

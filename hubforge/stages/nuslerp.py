@@ -9,7 +9,7 @@ from pydantic import Field
 
 from hubforge.errors import StepError
 from hubforge.op import ModelRef, Place
-from hubforge.stages._models import Merge
+from hubforge.stages._models import Merge, from_base
 from hubforge.stages.slerp import angle, shares
 from hubforge.tensors.schedule import Schedule
 
@@ -38,8 +38,8 @@ class Nuslerp(Merge):
     )
 
     @property
-    def base_ref(self) -> str:
-        return str(self.base_model or self.models[0])
+    def merged(self) -> tuple[ModelRef, ...]:
+        return from_base(self.base_model, self.models)
 
     def whole(self) -> bool:
         return self.along == "columns"

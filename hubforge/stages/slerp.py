@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from hubforge.errors import StepError
-from hubforge.op import ModelRef, Place, TensorOp
+from hubforge.op import ModelRef, Place
+from hubforge.stages._models import Models, from_base
+from hubforge.tensors.schedule import Schedule, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Slerp(TensorOp):
+class Slerp(Models):
     """The model a share `t` of the way to another along the great arc between them, each tensor for itself.
 
     The angle is taken by atan2, in float64, from the difference of the two: it stays exact for models that are nearly
@@ -28,17 +29,22 @@ class Slerp(TensorOp):
 
     model: ModelRef = Field(description="The model at t = 0; config and tokenizer come from it.")
     to: ModelRef = Field(description="The model at t = 1, of the same shapes.")
-    t: float = Field(ge=0, le=1, description="Share of the angle that is gone, in [0, 1]; 0 gives the model's bytes.")
-    missing: Literal["error", "base"] = Field(
-        "error",
-        description="A tensor that only one model has: an error, or base (kept if `model` has it, else left out).",
-    )
+    t: Schedule = Field(description="Share of the angle that is gone, in [0, 1]; 0 gives the model's bytes.")
+
+    @field_validator("t")
+    @classmethod
+    def _is_a_share(cls, t: Schedule) -> Schedule:
+        for value in values_of(t):
+            if not 0 <= value <= 1:
+                raise ValueError(f"is {value:g}, but must lie in [0, 1]: it is the share of the angle that is gone")
+        return t
+
+    @property
+    def merged(self) -> tuple[ModelRef, ...]:
+        return from_base(self.model, [self.to])
 
     def changes(self, name: str, present: frozenset[str]) -> bool:
-        if self.to not in present and self.missing == "error":
-            mend = f"`missing: base` keeps the tensor of {self.model}."
-            raise StepError(f"{self.to} has no tensor {name}, which {self.model} has", mend=mend)
-        return self.t > 0 and self.to in present and self.to != self.model
+        return super().changes(name, present) and any(t > 0 for t in values_of(self.t))
 
     def measures(self) -> int:
         return 1
@@ -51,9 +57,10 @@ class Slerp(TensorOp):
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         if at.totals["dd"] == 0:
             return w[self.model]
-        kept, taken = shares(angle(**at.totals), self.t)
-        if kept == 0:
-            return w[self.to]  # An infinite bound times 0 would be NaN.
+        t = self.value(self.t, at)
+        if t in (0, 1):  # An infinite bound times 0 would be NaN.
+            return w[self.to if t else self.model]
+        kept, taken = shares(angle(**at.totals), t)
         return kept * w[self.model] + taken * w[self.to]
 
 

@@ -38,7 +38,9 @@ _TORCH = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _NAMES = {torch_name: name for name, torch_name in _TORCH.items()}
-FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a merge computes on; 8-bit floats need scales we do not read
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a merge computes on
+SMALL_FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})  # need scales: see `quantised.py`
+COUNTERS = frozenset({"BOOL", "I16", "I32", "I64", "U16", "U32", "U64"})  # of buffers such as position_ids
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from hubforge.errors import StepError
 from hubforge.op import Context, Metrics, Place, TensorOp
 from hubforge.tensors import dtypes
-from hubforge.tensors.inputs import Inputs, Rows, open_inputs, require_float
+from hubforge.tensors.inputs import Inputs, Rows, is_buffer, open_inputs, require_float
 from hubforge.tensors.layout import GB, Layout, Slot, lay_out
 from hubforge.tensors.names import layer_of
+from hubforge.tensors.quantised import Dequantised, without_quantisation
 from hubforge.tensors.reader import TensorInfo
 from hubforge.tensors.rounding import LOW, gain_metrics, gain_sums, not_finite
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
@@ -71,7 +72,8 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
     with ExitStack() as stack:
         inputs = open_inputs(op, ctx, stack)
         source = ctx.inputs[op.base_ref].path
-        config = _edit(op, check_side_files(source))  # What is wrong with the config must not wait for the end.
+        # What is wrong with the config must not wait for the end.
+        config = _edit(op, inputs, check_side_files(source))
         if "auto_map" in config:
             ctx.warn("config.json names code of its own (auto_map): it is not copied, so the output may not load")
         targets, layout = plan_targets(op, inputs, ctx)
@@ -81,7 +83,7 @@ def run_tensor_op(op: TensorOp, ctx: Context, threads: int | None = None) -> Met
         stack.callback(writer.close)
         work = _Work(op, ctx, inputs, writer, jobs, op.prepare(ctx))
         work.run(threads or _threads(op, targets, ctx))
-        copy_side_files(source, ctx.out, lambda config: _edit(op, config), op.keeps)
+        copy_side_files(source, ctx.out, lambda config: _edit(op, inputs, config), op.keeps, inputs.vocabulary)
         ctx.sha256.update(writer.complete())
     return _metrics(targets, layout, work.gains(), ctx) | op.review(ctx)
 
@@ -92,7 +94,7 @@ def plan_targets(op: TensorOp, inputs: Inputs, ctx: Context) -> tuple[list[Targe
     outputs: dict[str, TensorInfo] = {}
     for info in inputs.base.tensors.values():
         name = op.rename(info.name)
-        if name is None:
+        if name is None or op.skips(info.name, inputs.present(info.name)):
             continue
         if name in outputs:
             what = f"{info.name} and {outputs[name].name} would both be called {name}"
@@ -111,7 +113,7 @@ def plan_targets(op: TensorOp, inputs: Inputs, ctx: Context) -> tuple[list[Targe
     for name, slot in layout.slots.items():
         info = outputs[name]
         present = inputs.present(info.name)
-        copied = not op.changes(info.name, present)
+        copied = not op.changes(info.name, present) or is_buffer(info.name, inputs)
         if not copied:
             require_float(info.name, inputs, ctx)
         at_once = not copied and op.whole()
@@ -334,7 +336,7 @@ class _Work:
             raise TypeError(f"{type(self.op).__name__}.tensor gave {found} for {target.name}, not float32 of its shape")
         rounded = merged.to(dtypes.torch_dtype(target.slot.dtype))
         back = rounded.float()
-        if not_finite(back, base):
+        if self.op.nan == "error" and not_finite(back, base):
             raise self._not_finite(target, rows)
         kept, intended = gain_sums(base, merged, back)
         return rounded.contiguous().reshape(-1).view(torch.uint8), kept, intended
@@ -386,8 +388,12 @@ def _identity(op: TensorOp, ctx: Context, layout: Layout) -> str:
     )
 
 
-def _edit(op: TensorOp, config: dict[str, Any]) -> dict[str, Any]:
+def _edit(op: TensorOp, inputs: Inputs, config: dict[str, Any]) -> dict[str, Any]:
     edited = op.config(config)
+    if isinstance(inputs.base, Dequantised):
+        edited = without_quantisation(edited)
+    if inputs.vocabulary:
+        edited = inputs.vocabulary.config(edited)
     return set_dtype(edited, op.dtype) if op.dtype else edited
 
 

@@ -6,17 +6,26 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hubforge.errors import StepError
 from hubforge.op import Context, Ref, TensorOp
 from hubforge.tensors import dtypes
 from hubforge.tensors.adapter import Adapter, LoraModule, delta, open_adapter
-from hubforge.tensors.names import Aliases, paired
+from hubforge.tensors.names import Aliases, canonical, paired
+from hubforge.tensors.quantised import config_beside, open_model, quantised_by
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
+from hubforge.tensors.tokens import read_tokens
+from hubforge.tensors.vocabulary import Held, Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+_AT_ONCE = 16 << 20  # bytes compared at once
 
 
 class Input(Protocol):
@@ -82,6 +91,7 @@ class Inputs:
 
     base: Checkpoint
     by_ref: Mapping[str, Input]
+    vocabulary: Vocabulary | None = None  # where the models' vocabularies are brought to one
 
     def present(self, name: str) -> frozenset[str]:
         return frozenset(ref for ref, held in self.by_ref.items() if name in held)
@@ -112,12 +122,12 @@ class Rows(Mapping[str, "Tensor"]):
 
 
 def refs_of(op: TensorOp) -> list[Ref]:
-    """Every ref among an op's fields, each once, in the order of the fields."""
+    """Every ref among an op's fields whose tensors are merged, each once, in the order of the fields."""
     found: dict[Ref, None] = {}
     for field in type(op).model_fields:
         value = getattr(op, field)
         for entry in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(entry, Ref):
+            if isinstance(entry, Ref) and field != "tokenizer":
                 found[entry] = None
     return list(found)
 
@@ -127,7 +137,14 @@ def open_inputs(op: TensorOp, ctx: Context, stack: ExitStack) -> Inputs:
 
     StepError names the tensor, both shapes and both files.
     """
-    base = stack.enter_context(open_checkpoint(ctx.inputs[op.base_ref].path))
+    opened = {}
+    for ref in [Ref(op.base_ref), *refs_of(op)]:
+        if ref not in opened and ctx.artifact(ref).kind == "model":
+            opener = open_model if op.computes else open_checkpoint
+            opened[str(ref)] = stack.enter_context(opener(ctx.path(ref)))
+    vocabulary = _vocabulary(op, ctx, opened, stack)
+    models = {ref: vocabulary.view(ref) for ref in opened} if vocabulary else opened
+    base = models[op.base_ref]
     by_ref: dict[str, Input] = {op.base_ref: Weights(base, {name: name for name in base})}
     for ref in refs_of(op):
         if ref in by_ref:
@@ -137,16 +154,35 @@ def open_inputs(op: TensorOp, ctx: Context, stack: ExitStack) -> Inputs:
             adapter = stack.enter_context(open_adapter(artifact.path, str(ref)))
             by_ref[ref] = Deltas(adapter, adapter.on(base))
             continue
-        other = stack.enter_context(open_checkpoint(artifact.path, "fisher" if artifact.kind == "mask" else "model"))
-        names = paired(base, Aliases(other, str(other.path)))
-        if artifact.kind == "model" and getattr(op, "missing", "base") == "error":
-            only = sorted(set(other) - set(names.values()))
-            if only:
-                raise _only_in(only, ref, other, base, ctx)
+        is_model = artifact.kind == "model"
+        other = models[ref] if is_model else stack.enter_context(open_checkpoint(artifact.path, "fisher"))
+        names = dict(paired(base, Aliases(other, str(other.path))))
+        if is_model:
+            tied = _tied_heads(base, other, names, artifact.path)
+            names |= tied
+            if getattr(op, "missing", "base") == "error":
+                only = sorted(set(other) - set(names.values()) - _copies_of_embeddings(base, other, names))
+                if only:
+                    raise _only_in(only, ref, other, base, ctx)
         for name, own in names.items():
             _check_same_shape(name, base, own, other, ctx)
         by_ref[ref] = Weights(other, names)
-    return Inputs(base, by_ref)
+    return Inputs(base, by_ref, vocabulary)
+
+
+def _vocabulary(op: TensorOp, ctx: Context, opened: Mapping[str, Checkpoint], stack: ExitStack) -> Vocabulary | None:
+    """The common vocabulary that the op asks for."""
+    wanted = op.vocabulary()
+    if wanted is None:
+        return None
+    lenders = {row.model for row in wanted.tokens.values() if row.model}
+    lenders |= {wanted.source} - {"base", "union"}
+    others = {
+        ref: Held(read_tokens(ctx.inputs[ref].path, ref), stack.enter_context(open_model(ctx.inputs[ref].path)))
+        for ref in sorted(lenders - set(opened))
+    }
+    models = {ref: Held(read_tokens(ctx.inputs[ref].path, ref), held) for ref, held in opened.items()}
+    return Vocabulary(wanted, models, others)
 
 
 def _only_in(names: list[str], ref: str, other: Checkpoint, base: Checkpoint, ctx: Context) -> StepError:
@@ -163,12 +199,48 @@ def _check_same_shape(name: str, base: Checkpoint, own: str, other: Checkpoint, 
         raise StepError(what, where=ctx.where, mend="Only tensors of one shape can be merged.")
 
 
+def _tied_heads(base: Checkpoint, other: Checkpoint, names: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """For a head that the base has and the other ties to its embeddings: the name of those embeddings."""
+    config = config_beside(folder)
+    if not (config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings")):
+        return {}
+    embeddings = [name for name in other if canonical(name) in _EMBEDDINGS]
+    lacking = [name for name in base if canonical(name) in _HEADS and name not in names]
+    return dict.fromkeys(lacking, embeddings[0]) if len(embeddings) == 1 else {}
+
+
+def _copies_of_embeddings(base: Checkpoint, other: Checkpoint, names: Mapping[str, str]) -> set[str]:
+    """The other's head, which the base ties, when it holds nothing but the other's embeddings once more."""
+    import torch
+
+    heads = [name for name in other if canonical(name) in _HEADS and name not in names.values()]
+    embeddings = [name for name in other if canonical(name) in _EMBEDDINGS]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return set()
+    one, two = other.info(heads[0]), other.info(embeddings[0])
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return set()
+    step = max(1, _AT_ONCE * one.rows // max(one.nbytes, 1))
+    for first in range(0, one.rows, step):
+        last = min(first + step, one.rows)
+        if not torch.equal(other.read_bytes(one.name, first, last), other.read_bytes(two.name, first, last)):
+            return set()
+    return {one.name}
+
+
+def is_buffer(name: str, inputs: Inputs) -> bool:
+    """Whether a tensor holds counts or flags, such as position ids: there is nothing in it to merge."""
+    return not quantised_by(config_beside(inputs.base.path)) and inputs.base.info(name).dtype in dtypes.COUNTERS
+
+
 def require_float(name: str, inputs: Inputs, ctx: Context) -> None:
-    """StepError unless every weight of a tensor that is to change is a float that needs no scales."""
+    """StepError unless every weight of a tensor that is to change is a float."""
     for held in inputs.by_ref.values():
         if isinstance(held, Weights) and name in held:
             info = held.checkpoint.info(held.names[name])
             if info.dtype not in dtypes.FLOATS:
-                what = f"{info.name} in {info.file} is {info.dtype}, which cannot be merged"
-                mend = "Take a base in bfloat16, float16 or float32: quantised weights need scales that are not read."
+                method = quantised_by(config_beside(held.checkpoint.path))
+                by = f" (its model is quantised by {method})" if method else ""
+                what = f"{info.name} in {info.file} is {info.dtype}, which cannot be merged{by}"
+                mend = "Take it in bfloat16, float16, float32, or in 8-bit floats with their scales."
                 raise StepError(what, where=ctx.where, mend=mend)

@@ -10,19 +10,24 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hubforge.errors import SourceError
 from hubforge.tensors.reader import read_json
+from hubforge.tensors.tokens import SUPERSEDED
+from hubforge.tensors.vocabulary import Vocabulary
 from hubforge.tensors.writer import write_whole
 
-_COPIED = re.compile(
-    r"""generation_config\.json
-    | tokenizer\.(json|model(\.v\w+)?) | tokenizer_config\.json | special_tokens_map\.json | added_tokens\.json
+_OF_TOKENIZER = re.compile(
+    r"""tokenizer\.(json|model(\.v\w+)?) | tokenizer_config\.json | special_tokens_map\.json | added_tokens\.json
     | vocab\.(json|txt) | merges\.txt | spiece\.model | sentencepiece(\.bpe)?\.model | .*\.tiktoken | tekken\.json
-    | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
-    | (video_|image_)?preprocessor_config\.json | processor_config\.json
+    | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja""",
+    re.VERBOSE,
+)
+_OF_MODEL = re.compile(
+    r"""generation_config\.json | (video_|image_)?preprocessor_config\.json | processor_config\.json
     | (LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(txt|md))?""",
     re.VERBOSE,
 )
@@ -57,27 +62,67 @@ def copy_side_files(
     out: Path,
     edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
     keeps: Callable[[str], bool] = lambda file: True,
+    vocabulary: Vocabulary | None = None,
 ) -> list[str]:
     """Copy what belongs to the model beside its weights from folder to folder; the names copied.
 
     edit: changes config.json; when it changes nothing, the file is copied byte for byte. keeps: whether a file goes
-    along. README files, training leftovers, pickles and code are left behind.
+    along. vocabulary: whose tokenizer the output has, if not simply the source's. README files, training leftovers,
+    pickles and code are left behind.
     """
-    before = check_side_files(source)
-    after = edit(json.loads(json.dumps(before)))
-    if after == before:
-        content = (source / "config.json").read_bytes()
-    else:
-        content = (json.dumps(after, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    write_whole(out / "config.json", content)
+    check_side_files(source)
+    lender = vocabulary.tokens.file.parent if vocabulary else source
+    _write_json(source / "config.json", out, lambda config: edit(_renumbered(config, vocabulary, "config.json")))
     copied = ["config.json"]
-    for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")]):
-        name = path.relative_to(source).as_posix()
-        if path.is_file() and _COPIED.fullmatch(name) and keeps(name):
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, out / name)
+    for folder, pattern in ((source, _OF_MODEL), (lender, _OF_TOKENIZER)):
+        for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+            name = path.relative_to(folder).as_posix()
+            if not path.is_file() or not pattern.fullmatch(name) or not keeps(name):
+                continue
+            if vocabulary and vocabulary.changed and _is_superseded(name):
+                continue
             copied.append(name)
+            if vocabulary and name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+                _write_json(path, out, partial(_of_vocabulary, vocabulary=vocabulary, name=name))
+            else:
+                (out / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, out / name)
     return copied
+
+
+def _write_json(path: Path, out: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The file as edited; byte for byte where nothing changes."""
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise SourceError("is not a JSON object", where=str(path))
+    after = edit(json.loads(json.dumps(before)))
+    content = (json.dumps(after, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    write_whole(out / path.name, path.read_bytes() if after == before else content)
+
+
+def _of_vocabulary(data: dict[str, Any], vocabulary: Vocabulary, name: str) -> dict[str, Any]:
+    """A file of the tokenizer, or generation_config.json, as the output's tokens want it."""
+    if name == "generation_config.json":
+        return _renumbered(data, vocabulary, name)
+    if not vocabulary.changed:
+        return data
+    if name == "tokenizer.json":
+        return dict(vocabulary.tokens.data)
+    if isinstance(decoder := data.get("added_tokens_decoder"), dict):
+        for entry in vocabulary.tokens.data["added_tokens"]:
+            decoder.setdefault(str(entry["id"]), {key: value for key, value in entry.items() if key != "id"})
+    return data
+
+
+def _renumbered(config: dict[str, Any], vocabulary: Vocabulary | None, name: str) -> dict[str, Any]:
+    if vocabulary is None:
+        return config
+    theirs = vocabulary.tokens.file.parent / name
+    return vocabulary.renumbered(config, read_json(theirs) if theirs.is_file() else {})
+
+
+def _is_superseded(name: str) -> bool:
+    return name in SUPERSEDED or name.endswith(".tiktoken") or name.startswith("tokenizer.model")
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

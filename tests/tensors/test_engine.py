@@ -353,8 +353,11 @@ def test_overflow_of_the_output_type_is_named(checkpoint_folder, context, run_op
 
 
 def test_quantised_weights_are_refused_by_name(checkpoint_folder, context, run_op):
-    ctx = context(m=("model", checkpoint_folder("m", {"w": torch.ones(4).to(torch.float8_e4m3fn)})))
-    with pytest.raises(StepError, match=r"w in .* is F8_E4M3, which cannot be merged"):
+    config = {"model_type": "toy", "quantization_config": {"quant_method": "gptq"}}
+    ctx = context(m=("model", checkpoint_folder("m", {"qweight": torch.ones(4, dtype=torch.int32)}, config=config)))
+    with pytest.raises(
+        StepError, match=r"qweight in .* is I32, which cannot be merged \(its model is quantised by gptq"
+    ):
         run_op(Half(model="m"), ctx)
 
 

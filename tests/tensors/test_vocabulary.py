@@ -1,0 +1,160 @@
+"""Vocabularies brought to one: rows by the tokens' text, what stands in for a token that a model lacks, side files."""
+
+import json
+
+import pytest
+import torch
+
+from hubforge.errors import SourceError, StepError
+from hubforge.stages.linear import Linear
+from hubforge.stages.task_arithmetic import TaskArithmetic
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def model(checkpoint_folder):
+    """model(name, {token: value}): each token's embedding is [value, 10 * value], its head's row [-value, value]."""
+
+    def write(name, rows, added=(), padding=0, offset=0, **config):
+        values = torch.tensor([0.0] * offset + [float(value) for value in rows.values()] + [99.0] * padding)
+        tensors = {
+            EMBED: torch.stack([values, 10 * values], 1),
+            HEAD: torch.stack([-values, values], 1),
+            "model.norm.weight": torch.ones(2),
+        }
+        fields = {"model_type": "toy", "vocab_size": len(values)} | config
+        folder = checkpoint_folder(name, tensors, config=fields)
+        ids = {token: number for number, token in enumerate(rows, offset)}
+        vocab = {token: number for token, number in ids.items() if token not in added}
+        data = {
+            "version": "1.0",
+            "added_tokens": [{"id": ids[token], "content": token, "special": True} for token in added],
+            "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]] if "ab" in ids else []},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {}, "name": name}))
+        (folder / "merges.txt").write_text(name)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids.get("<e>", 0)}))
+        return folder
+
+    return write
+
+
+def values(folder, tensors_of, name=EMBED):
+    return tensors_of(folder)[name][:, 0].tolist()
+
+
+def test_base_keeps_its_tokens_and_maps_the_others_rows(model, context, run_op, tensors_of):
+    one = model("one", {"<e>": 1, "a": 2, "b": 3, "only": 4}, padding=2)
+    two = model("two", {"b": 30, "x": 40, "a": 20, "<e>": 10})
+    ctx = context(m=("model", one), o=("model", two))
+    run_op(Linear(models=["m", "o"], tokenizer="base"), ctx)
+    # `only` and the padding are the base's in both; x is gone.
+    assert values(ctx.out, tensors_of) == [5.5, 11.0, 16.5, 4.0, 99.0, 99.0]
+    assert tensors_of(ctx.out)[HEAD][:, 0].tolist() == [-5.5, -11.0, -16.5, -4.0, -99.0, -99.0]
+    for file in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "config.json", "generation_config.json"):
+        assert (ctx.out / file).read_bytes() == (one / file).read_bytes()
+
+
+def test_union_appends_what_only_others_have(model, context, run_op, tensors_of):
+    one = model("one", {"<e>": 1, "a": 2, "b": 3}, added=["<e>"])
+    two = model("two", {"b": 30, "ab": 40, "a": 20, "<new>": 50}, added=["<new>"])
+    ctx = context(m=("model", one), o=("model", two))
+    run_op(Linear(models=["m", "o"], tokenizer="union"), ctx)
+    # Of what only one has, both have its row: the mean is that row.
+    assert values(ctx.out, tensors_of) == [1.0, 11.0, 16.5, 40.0, 50.0]
+    assert json.loads((ctx.out / "config.json").read_text())["vocab_size"] == 5
+    tokenizer = json.loads((ctx.out / "tokenizer.json").read_text())
+    assert tokenizer["model"]["vocab"] == {"a": 1, "b": 2, "ab": 3}
+    assert tokenizer["model"]["merges"] == [["a", "b"]]
+    assert tokenizer["added_tokens"][1] == {"id": 4, "content": "<new>", "special": True}
+    decoder = json.loads((ctx.out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert decoder["4"] == {"content": "<new>", "special": True}
+    assert not (ctx.out / "merges.txt").exists()  # It would lack what was added.
+
+
+@pytest.mark.parametrize(("new_tokens", "expected"), [("average", 60.0), ("zero", 40.0)])
+def test_a_token_that_the_base_lacks(new_tokens, expected, model, context, run_op, tensors_of):
+    one, two, three = model("one", {"a": 1}), model("two", {"x": 40, "a": 1}), model("three", {"a": 1, "x": 80})
+    ctx = context(m=("model", one), o=("model", two), p=("model", three))
+    run_op(Linear(models=["m", "o", "p"], tokenizer="union", new_tokens=new_tokens), ctx)
+    assert values(ctx.out, tensors_of) == [1.0, pytest.approx(expected)]
+
+
+def test_a_task_vector_is_zero_for_a_token_that_the_model_lacks(model, context, run_op, tensors_of):
+    one, two = model("one", {"a": 1, "b": 2}), model("two", {"b": 5})
+    ctx = context(m=("model", one), o=("model", two))
+    run_op(TaskArithmetic(model="m", models=["o"], scale=10.0, tokenizer="base"), ctx)
+    assert values(ctx.out, tensors_of) == [1.0, 32.0]
+
+
+def test_the_tokenizer_of_a_named_model_that_is_not_merged(model, context, run_op, tensors_of):
+    one = model("one", {"<e>": 1, "a": 2, "b": 3}, eos_token_id=0)
+    two = model("two", {"a": 4, "<e>": 3, "b": 5})
+    lender = model("lender", {"q": 7, "b": 8, "<e>": 9}, padding=1, eos_token_id=2)
+    ctx = context(m=("model", one), o=("model", two), t=("model", lender))
+    run_op(Linear(models=["m", "o"], tokenizer="t"), ctx)
+    assert values(ctx.out, tensors_of) == [7.0, 4.0, 2.0, 99.0]
+    assert (ctx.out / "tokenizer.json").read_bytes() == (lender / "tokenizer.json").read_bytes()
+    config = json.loads((ctx.out / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (4, 2)
+    assert json.loads((ctx.out / "generation_config.json").read_text()) == {"eos_token_id": 2}
+
+
+def test_rows_of_single_tokens_and_padding(model, context, run_op, tensors_of):
+    one, two = model("one", {"a": 1, "b": 2}), model("two", {"a": 3, "b": 6, "c": 8})
+    ctx = context(m=("model", one), o=("model", two))
+    tokens = {"a": {"model": "o", "token": "c", "force": True}, "<t>": {"model": "o", "token_id": 1}, "<z>": {}}
+    op = Linear(models=["m", "o"], tokenizer="base", tokens=tokens, pad_to_multiple_of=8)
+    run_op(op, ctx)
+    # b: (2 + 6) / 2; three rows of padding are each model's mean row: (8 + 2 + 6 + 0) / 4 and (8 + 6 + 6 + 0) / 4.
+    assert values(ctx.out, tensors_of) == [8.0, 4.0, 6.0, 0.0, 4.5, 4.5, 4.5, 4.5]
+    added = json.loads((ctx.out / "tokenizer.json").read_text())["added_tokens"]
+    assert [(entry["content"], entry["id"]) for entry in added] == [("<t>", 2), ("<z>", 3)]
+
+
+def test_wrong_tokens(model, context, run_op):
+    one, two = model("one", {"a": 1}), model("two", {"a": 3})
+    ctx = context(m=("model", one), o=("model", two))
+    with pytest.raises(StepError, match="'<t>' is to have the row of token 'nope' of o, which has none"):
+        run_op(Linear(models=["m", "o"], tokenizer="base", tokens={"<t>": {"model": "o", "token": "nope"}}), ctx)
+    (two / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"o has no tokenizer.json"):
+        run_op(Linear(models=["m", "o"], tokenizer="union"), ctx)
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        Linear(models=["m", "o"], tokens={"<t>": {}})
+
+
+def test_real_tokenizers_united(tiny_llama, context, run_op, tmp_path):
+    """What Transformers makes of the output: the base's text as before, the new tokens whole, tables of its length."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hubforge.lab.tiny import tiny_llama as build
+
+    other = build(tmp_path / "other", seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    before = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<|think|>"], special_tokens=True)
+    tokenizer.add_tokens(["zebra"])
+    grown = AutoModelForCausalLM.from_pretrained(other, dtype=torch.bfloat16)
+    grown.resize_token_embeddings(len(tokenizer))
+    shutil.rmtree(other)
+    grown.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    ctx = context(m=("model", tiny_llama), o=("model", other))
+    run_op(Linear(models=["m", "o"], tokenizer="union"), ctx)
+    made, model = AutoTokenizer.from_pretrained(ctx.out), AutoModelForCausalLM.from_pretrained(ctx.out)
+    text = "The lantern keeper walked, and it's done."
+    assert made(text)["input_ids"] == before(text)["input_ids"]
+    ids = made("<|think|>a zebra")["input_ids"]
+    assert {made.convert_tokens_to_ids("<|think|>"), made.convert_tokens_to_ids("zebra")} <= set(ids)
+    assert "<|think|>" not in made.decode(ids, skip_special_tokens=True)
+    assert model.config.vocab_size == len(made) == model.lm_head.weight.shape[0]
+    think = made.convert_tokens_to_ids("<|think|>")
+    assert torch.equal(
+        model.get_input_embeddings().weight[think],
+        grown.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<|think|>")],
+    )
