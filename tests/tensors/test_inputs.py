@@ -47,7 +47,7 @@ def test_a_head_that_the_base_lacks_is_named(merged):
 
 
 def test_a_head_without_ties_must_be_there(merged):
-    with pytest.raises(StepError, match="o has no tensor lm_head.weight, which m has"):
+    with pytest.raises(StepError, match=r"o has no tensor lm_head.weight, which m has"):
         merged(MEAN, {EMBED: rows(1, 3), HEAD: rows(5, 7)}, {EMBED: rows(3, 5)})
 
 
