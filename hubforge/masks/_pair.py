@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hubforge.errors import SourceError, StepError
 from hubforge.tensors.dtypes import FLOATS
@@ -22,11 +22,25 @@ _FORMS = {"BF16": (7, 8, 127), "F16": (10, 5, 15)}  # bits of the fraction and o
 
 @dataclass(frozen=True)
 class Delta:
-    """instruct − pretrained of one matrix."""
+    """instruct − pretrained of one matrix, or its Fisher."""
 
     values: Tensor  # float32, (out, in)
-    base: float  # ‖W_pretrained‖²
+    base: float  # ‖W_pretrained‖²; 0 of a Fisher, which has no base
     rounding: float  # energy to be expected of rounding alone, where the two models differ
+
+
+class Matrices(Protocol):
+    """The matrices whose leading directions are wanted."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Where they are read from."""
+
+    def shape(self, name: str) -> tuple[int, int]: ...
+    def expect(self, name: str) -> None:
+        """Have it in memory soon."""
+
+    def delta(self, name: str) -> Delta: ...
 
 
 class Pair:
@@ -55,12 +69,15 @@ class Pair:
                     raise StepError(what, mend="Leave it out with `targets`.")
             self._theirs[name] = match
 
+    @property
+    def paths(self) -> list[str]:
+        return [str(self.one.path), str(self.other.path)]
+
     def shape(self, name: str) -> tuple[int, int]:
         rows, columns = self.one.info(name).shape
         return rows, columns
 
     def expect(self, name: str) -> None:
-        """Have it in memory soon."""
         rows, _ = self.shape(name)
         self.one.expect(name, 0, rows)
         self.other.expect(self._theirs[name], 0, rows)
@@ -83,6 +100,27 @@ class Pair:
             differ = block != 0
             rounding += rounding_energy(mine, differ) + rounding_energy(theirs, differ)
         return Delta(values, base, rounding)
+
+
+class Weighed:
+    """The matrices of a Fisher mask. The rounding of its squares says nothing of a model's, and is not counted."""
+
+    def __init__(self, fisher: Checkpoint) -> None:
+        self.fisher = fisher
+
+    @property
+    def paths(self) -> list[str]:
+        return [str(self.fisher.path)]
+
+    def shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self.fisher.info(name).shape
+        return rows, columns
+
+    def expect(self, name: str) -> None:
+        self.fisher.expect(name, 0, self.shape(name)[0])
+
+    def delta(self, name: str) -> Delta:
+        return Delta(self.fisher.read(name).float(), 0.0, 0.0)
 
 
 def rounding_energy(values: Tensor, where: Tensor) -> float:

@@ -1,15 +1,16 @@
-"""The leading singular vectors of one matrix, exactly: by the eigenvectors of its Gram matrix on the smaller side.
+"""The leading singular vectors of one matrix, by the eigenvectors of its Gram matrix on the smaller side.
 
-Exact, since the spectra of fine-tuning deltas decay slowly, and there randomized methods return another subspace while
-the captured energy still reads .999. In float64, since a Gram matrix squares the condition number: in float32 the
-subspace of a 1/i spectrum is off by an angle of .03 at k = 256.
+No randomized method: the spectra of fine-tuning deltas decay slowly, and there such methods return another subspace
+while the captured energy still reads .999. The Gram matrix is summed in float64, since it squares the condition number.
+Its eigenvectors are taken in float32 and refined in float64 (Rayleigh-Ritz, with some vectors to spare), unless the
+spectrum is too steep for that. They count only when a bound on the angle says so; else LAPACK finds them in float64.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hubforge.errors import StepError
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK = 1 << 22  # elements turned into float64 at once
-_WELL_CONDITIONED = 1e3  # S[0] / S[-1] up to which Y / S is orthonormal to 1e-10 as it stands
-_RESIDUAL = 1e-9  # of the largest eigenvalue: LAPACK leaves 1e-13 or so
+_RESIDUAL = 1e-9  # of the largest eigenvalue: LAPACK in float64 leaves 1e-13 or so
+_ANGLE = 1e-4  # the bound up to which refined vectors count as found
+_STEEP = 32  # k over the effective rank from which float32 has lost the small eigenvalues: not worth a try
+_ROUNDS = 2  # of refinement; each multiplies the error by λ of the first vector left out over λ of the last wanted
+_NOISE = 3e-6  # float32 products lose this much of the weakest direction at most
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Leading:
     energy: float  # ‖W‖², in the squared Frobenius norm
     residual: float  # ‖G·E − E·Λ‖ / λ₁ of the Gram matrix G and its eigenvectors E: how exact the solver was
     angle_bound: float  # of the sine of the largest angle to the true subspace; 1 where it says nothing
+    solver: Literal["refined", "exact"] = "exact"
 
     @property
     def rank(self) -> int:
@@ -43,18 +48,28 @@ class Leading:
         return min(1.0, float((self.S.double() ** 2).sum()) / self.energy) if self.energy else 0.0
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """The leading eigenpairs of a Gram matrix, float64."""
+
+    values: numpy.ndarray  # (k,), falling
+    vectors: numpy.ndarray  # (m, k)
+    residual: float  # ‖G·E − E·Λ‖
+    angle: float  # bound on the sine of the largest angle, at most 1
+    solver: Literal["refined", "exact"]
+
+
 def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
     """The leading singular triples of a float32 matrix: at most `rank`, and no more than its numerical rank.
 
     energy: stop at the smallest number of them that holds this share of the energy. Rank 0 for a matrix of zeros.
-    The bound on the angle is that of Davis and Kahan: residual over the gap to the next eigenvalue. Where the gap is
-    lost in rounding it exceeds 1, and which vectors span "the top k" is then a matter of chance. Takes a float64 copy
-    of the Gram matrix twice, and of W's projection: 2 m² + 2 n k numbers for m the smaller side of W, n the larger.
+    Where the gap at k is lost in rounding the bound on the angle is 1, and which vectors span "the top k" is then a
+    matter of chance. Takes the Gram matrix in float64 twice, and W's projection: 2 m² + 2 n k numbers for m the smaller
+    side of W, n the larger.
     Source: Davis and Kahan 1970; Yu, Wang and Samworth 2015, arXiv:1405.0680, theorem 2.
     """
     import numpy
     import torch
-    from scipy.linalg import eigh
 
     wide = W if W.shape[0] <= W.shape[1] else W.T  # (m, n), m <= n
     m = wide.shape[0]
@@ -62,73 +77,135 @@ def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
     total = float(numpy.trace(G))
     if not math.isfinite(total):
         raise StepError("the difference is not finite")
-    none = Leading(W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0), total, 0.0, 0.0)
     if total == 0:
-        return none
+        return Leading(W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0), total, 0.0, 0.0)
     k = min(rank, m)
+    spare = max(16, k // 4)
+    found = None
+    if 2 * (k + spare) < m and k < _STEEP * _effective_rank(G, total):
+        found = _refined(G, k, spare, energy, total)
+    found = found or _exact(G, k, energy, total)
+    near, S, far = _both_sides(wide, torch.from_numpy(found.vectors), math.sqrt(total))
+    U, V = (near, far) if wide is W else (far, near)
+    return Leading(U, S, V, total, found.residual / float(found.values[0]), found.angle, found.solver)
+
+
+def _effective_rank(G: numpy.ndarray, total: float) -> float:
+    """tr(G)² / ‖G‖²: the number of equal eigenvalues that would have these two. G is read by its lower triangle."""
+    import numpy
+
+    squares = 2 * float(numpy.vdot(G, G)) - float(G.diagonal() @ G.diagonal())  # The upper triangle holds zeros.
+    return total**2 / squares
+
+
+def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: float) -> _Pairs | None:
+    """Eigenvectors in float32, k and some to spare, refined in float64; None unless the bound on the angle is small.
+
+    With X the Ritz vectors kept, Y the others at hand and Z all that is left, G is block diagonal but for the residuals
+    R₁ = ZᵀGX and R₂ = ZᵀGY. To first order in R₁ the true subspace leans from X towards Z by ‖R₁‖ / (θ_k − c), c the
+    largest eigenvalue of ZᵀGZ, and by way of Z towards Y by ‖R₂‖ / (θ_k − θ_k+1) times that. Davis and Kahan's bound
+    knows only the small gap, θ_k − θ_k+1. c is the next eigenvalue in float32, plus what float32 may be wrong by.
+    """
+    import numpy
+    from scipy.linalg import eigh
+    from scipy.linalg.blas import dsymm
+
+    m, wanted = len(G), k + spare
+    rough, E = eigh(
+        G.astype(numpy.float32),
+        lower=True,
+        subset_by_index=[m - wanted - 1, m - 1],
+        driver="evr",
+        overwrite_a=True,
+        check_finite=False,
+    )
+    beyond = float(rough[0]) + 16 * float(numpy.finfo(numpy.float32).eps) * float(rough[-1])
+    basis = E[:, 1:].astype(numpy.float64)
+    for _ in range(_ROUNDS):
+        Q, _ = numpy.linalg.qr(basis)
+        basis = dsymm(1.0, G, numpy.asfortranarray(Q), lower=1)
+        values, turn = numpy.linalg.eigh(Q.T @ basis)
+        values, turn = values[::-1], turn[:, ::-1]
+        kept = _enough(values[:k], energy, total, m)
+        X = Q @ turn[:, :kept]
+        first = float(numpy.linalg.norm(basis @ turn[:, :kept] - X * values[:kept]))
+        # All of Y's residual and X's: ‖GQ‖² = ‖QᵀGQ‖² + ‖R‖².
+        others = math.sqrt(max(float(numpy.vdot(basis, basis)) - float(values @ values), 0.0))
+        first += float(numpy.finfo(numpy.float64).eps) * total
+        outside, inside = float(values[kept - 1]) - beyond, float(values[kept - 1] - values[kept])
+        if outside > 0 and inside > 0 and (angle := first / outside * (1 + others / inside)) <= _ANGLE:
+            return _Pairs(values[:kept], X, first, angle, "refined")
+    return None
+
+
+def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> _Pairs:
+    """Eigenvectors in float64, and Davis and Kahan's bound: residual over the gap to the next eigenvalue."""
+    import numpy
+    from scipy.linalg import eigh
+    from scipy.linalg.blas import dsymm
+
+    m = len(G)
     lowest = max(m - k - 1, 0)  # One more than asked for, to see the gap.
     values, vectors = eigh(G, lower=True, subset_by_index=[lowest, m - 1], driver="evr", check_finite=False)
-    next_value = float(max(values[0], 0.0)) if m > k else 0.0
-    order = numpy.argsort(values)[::-1][:k]
-    values, vectors = values[order], vectors[:, order]
-    kept = int((values > values[0] * m * numpy.finfo(numpy.float64).eps).sum())
-    if kept < k:
-        next_value = float(max(values[kept], 0.0))
-    if energy is not None:
-        enough = int(numpy.searchsorted(numpy.cumsum(values[:kept]), energy * total * (1 - 1e-12))) + 1
-        if enough < kept:
-            next_value, kept = float(values[enough]), enough
-    values, vectors = values[:kept], numpy.ascontiguousarray(vectors[:, :kept])
-    residual = _residual(G, values, vectors)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    kept = _enough(values[:k], energy, total, m)
+    following = float(max(values[kept], 0.0)) if kept < m else 0.0
+    values, vectors = values[:kept], vectors[:, :kept].copy()
+    product = dsymm(1.0, G, numpy.asfortranarray(vectors), lower=1)
+    residual = float(numpy.linalg.norm(product - vectors * values))
     if residual > _RESIDUAL * values[0]:
         raise StepError(f"the eigensolver did not converge: residual {residual / values[0]:.1e} of the largest value")
     # Rounding in the Gram matrix itself counts as residual too.
-    uncertain = residual + float(numpy.finfo(numpy.float64).eps) * total
-    gap = float(values[-1]) - next_value
-    E = torch.from_numpy(vectors)  # (m, k)
-    near, S, far = _both_sides(wide, E)
-    U, V = (near, far) if wide is W else (far, near)
+    uncertain, gap = residual + float(numpy.finfo(numpy.float64).eps) * total, float(values[-1]) - following
     angle = 0.0 if kept == m else min(1.0, uncertain / gap) if gap > 0 else 1.0
-    return Leading(U, S, V, total, residual / float(values[0]), angle)
+    return _Pairs(values, vectors, residual, angle, "exact")
+
+
+def _enough(values: numpy.ndarray, energy: float | None, total: float, m: int) -> int:
+    """How many of these eigenvalues, falling, count: those above rounding, and no more than hold the energy."""
+    import numpy
+
+    kept = int((values > values[0] * m * numpy.finfo(numpy.float64).eps).sum())
+    if energy is not None:
+        kept = min(kept, int(numpy.searchsorted(numpy.cumsum(values[:kept]), energy * total * (1 - 1e-12))) + 1)
+    return kept
 
 
 def _gram(wide: Tensor) -> numpy.ndarray:
-    """The lower triangle of W Wᵀ, float64, summed over blocks of columns."""
+    """The lower triangle of W Wᵀ, float64, summed over blocks of columns; zeros above it."""
     import numpy
+    import torch
     from scipy.linalg.blas import dsyrk
 
     m, n = wide.shape
     G = numpy.zeros((m, m), order="F")
     step = max(1, _BLOCK // m)
+    # One buffer throughout: fresh pages for each block cost a tenth of the whole. BLAS wants columns, and a block
+    # whose rows are contiguous goes in as its transpose, uncopied.
+    by_rows = wide.is_contiguous()
+    buffer = torch.empty(m * min(step, n), dtype=torch.float64)
     for first in range(0, n, step):
-        block = wide[:, first : first + step].double().numpy()
-        # BLAS wants columns: a block whose rows are contiguous goes in as its transpose, uncopied.
-        a, transposed = (block, 0) if block.flags.f_contiguous else (block.T, 1)
-        G = dsyrk(1.0, a, beta=1.0, c=G, trans=transposed, lower=1, overwrite_c=1)
+        some = wide[:, first : first + step]
+        block = buffer[: some.numel()].view(some.shape if by_rows else some.shape[::-1])
+        block.copy_(some if by_rows else some.T)
+        G = dsyrk(1.0, block.numpy().T, beta=1.0, c=G, trans=int(by_rows), lower=1, overwrite_c=1)
     return G
 
 
-def _residual(G: numpy.ndarray, values: numpy.ndarray, vectors: numpy.ndarray) -> float:
-    """‖G·E − E·Λ‖ in the Frobenius norm; G is read by its lower triangle."""
-    import numpy
-    from scipy.linalg.blas import dsymm
-
-    product = dsymm(1.0, G, numpy.asfortranarray(vectors), lower=1)
-    return float(numpy.linalg.norm(product - vectors * values))
-
-
-def _both_sides(wide: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _both_sides(wide: Tensor, E: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Singular vectors of both sides from those of the shorter, rotated to be orthonormal to rounding; float32."""
     import torch
 
     n, k = wide.shape[1], E.shape[1]
+    weakest = float((wide.T @ E[:, -1].float()).norm())
+    if torch.finfo(torch.float32).eps / 2 * norm < _NOISE * weakest:
+        Y = wide.T @ E.float()
+        S = Y.double().norm(dim=0).float()
+        return E.float(), S, Y / S
     Y = torch.empty(n, k, dtype=torch.float64)
     step = max(1, _BLOCK // wide.shape[0])
     for first in range(0, n, step):
         Y[first : first + step] = wide[:, first : first + step].T.double() @ E
-    S = Y.norm(dim=0)
-    if S[0] < _WELL_CONDITIONED * S[-1]:
-        return E.float(), S.float(), (Y / S).float()
     # The far sides of small singular values have lost their right angles: restore them. R is all but diagonal, so
     # this rotates hardly at all.
     Q, R = torch.linalg.qr(Y)

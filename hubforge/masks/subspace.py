@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.masks import _targets
 from hubforge.masks._files import TensorWriter, settle, size, write_json, write_tensors
-from hubforge.masks._pair import Pair, check_tokenizers, opened
+from hubforge.masks._pair import Matrices, Pair, Weighed, check_tokenizers, opened
 from hubforge.models import read_config
-from hubforge.op import Context, Kind, Metrics, ModelRef, Op
+from hubforge.op import Context, Kind, MaskRef, Metrics, ModelRef, Op
 from hubforge.rows import some
 from hubforge.tensors.layout import lay_out
 from hubforge.tensors.names import layer_of
@@ -33,12 +34,14 @@ DONE = "computed.json"  # under ctx.out once every matrix is in the work folder
 class Subspace(Op):
     """The leading singular vectors U, V and values S of W_instruct − W_pretrained, for each matrix of the decoder.
 
-    Two checkpoints are read from disk one matrix at a time; neither model is loaded. Solved exactly, in float64, and
-    each solution's residual is checked: randomized solvers return another subspace on the slowly decaying spectra of
-    such differences. float32 in the file: at rank 256, bfloat16 vectors let through 6e-4 of what they should hold back.
+    Two checkpoints are read from disk one matrix at a time; neither model is loaded. A solution counts only when a
+    bound on its angle to the truth says so: randomized solvers return another subspace on the slowly decaying spectra
+    of such differences. float32 in the file: at rank 256, bfloat16 vectors let through 6e-4 of what they should hold
+    back.
     """
 
     makes: ClassVar[Kind] = "mask"
+    version: ClassVar[int] = 2
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits, and a vector's sign, depend on the processor.
     requires: ClassVar[tuple[str, ...]] = ("torch", "scipy", "numpy")
@@ -47,14 +50,23 @@ class Subspace(Op):
     formula: ClassVar[str] = "W_instruct − W_pretrained ≈ U · diag(S) · Vᵀ, the k largest of S"
     source: ClassVar[str] = "Eckart and Young 1936; Davis and Kahan 1970 for the bound on the angle"
 
-    instruct: ModelRef = Field(description="The model whose abilities the subspace is to hold.")
-    pretrained: ModelRef = Field(description="The model it was trained from: same shapes, same tokenizer.")
-    rank: int = Field(ge=1, description="k, directions kept per matrix, at most.")
+    instruct: ModelRef | None = Field(None, description="The model whose abilities the subspace is to hold.")
+    pretrained: ModelRef | None = Field(None, description="The model it was trained from: same shapes, same tokenizer.")
+    fisher: MaskRef | None = Field(
+        None,
+        description="Instead of the two models: take the leading directions of this Fisher mask's matrices. Weaker, "
+        "since a matrix of squares is nearly of rank one and does not know the sign of a direction; for fidelity to "
+        "masks published so.",
+    )
+    rank: int | None = Field(
+        None, ge=1, description="k, directions kept per matrix, at most. `rank`, `energy` or both must be given."
+    )
     energy: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Keep per matrix only as many directions as hold this share of ‖Δ‖²; `rank` still is the limit.",
+        description="Keep per matrix only as many directions as hold this share of ‖Δ‖²; `rank` and `max_share` "
+        "still limit them.",
     )
     max_share: float = Field(
         0.5,
@@ -69,29 +81,35 @@ class Subspace(Op):
         "the seven linears of each decoder layer; never dead key and value weights.",
     )
 
+    @model_validator(mode="after")
+    def _whose_and_how_many(self) -> Subspace:
+        if (self.fisher is not None) == (self.instruct is not None or self.pretrained is not None):
+            raise ValueError("give `instruct` and `pretrained`, or `fisher` alone")
+        if self.fisher is None and (self.instruct is None or self.pretrained is None):
+            missing = "pretrained" if self.pretrained is None else "instruct"
+            raise ValueError(f"`{missing}` is missing: the subspace is that of a difference of two models")
+        if self.rank is None and self.energy is None:
+            raise ValueError("give `rank` (such as 64), `energy` (such as 0.9), or both")
+        return self
+
     def preflight(self, ctx: Context) -> None:
         """Shapes and tokenizers, where both models are there already: only headers are read."""
-        if self.instruct in ctx.inputs and self.pretrained in ctx.inputs:
-            instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
-            check_tokenizers(instruct, pretrained)
-            with opened(instruct, pretrained) as (one, other):
-                Pair(one, other, self._select(ctx, {name: info.shape for name, info in one.tensors.items()}).names)
+        if all(ref is None or ref in ctx.inputs for ref in (self.instruct, self.pretrained, self.fisher)):
+            with self._matrices(ctx):
+                pass
 
     def run(self, ctx: Context) -> Metrics:
-        instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
-        if renamed := check_tokenizers(instruct, pretrained):
-            ctx.note(f"added tokens that differ: {some(renamed)}")
-        with opened(instruct, pretrained) as (one, other):
-            targets = self._select(ctx, {name: info.shape for name, info in one.tensors.items()})
-            pair = Pair(one, other, targets.names)
-            limits = {name: self._limit(pair.shape(name)) for name in targets.names}
-            capped = [name for name, limit in limits.items() if limit < self.rank]
+        with self._matrices(ctx) as (matrices, targets):
+            limits = {name: self._limit(matrices.shape(name)) for name in targets.names}
+            capped = [name for name, limit in limits.items() if self.rank is not None and limit < self.rank]
             if capped:
                 ctx.note(
                     f"rank {self.rank} is limited in {len(capped)} matrices: to {limits[capped[0]]} in {capped[0]}"
                 )
-            facts = self._compute(ctx, pair, limits)
+            facts = self._compute(ctx, matrices, limits)
         if not any(matrix["rank"] for matrix in facts.values()):
+            if self.fisher is not None:
+                raise StepError(f"{self.fisher} is zero in every matrix", where=ctx.where, mend="Make it again.")
             mend = "Name a pretrained model that the instruct model was trained from."
             raise StepError("the two models do not differ in any matrix", where=ctx.where, mend=mend)
         self._finish(ctx, facts, limits, targets.left_out)
@@ -101,33 +119,46 @@ class Subspace(Op):
                 f"in {len(vague)} matrices, such as {vague[0]}, the spectrum has no gap at k: other directions "
                 "would do as well there; residual and captured energy hold"
             )
-        return _metrics(self.rank, facts) | {"capped": len(capped), "angle_unknown": len(vague)}
+        return _metrics(facts) | {"capped": len(capped), "angle_unknown": len(vague)}
 
-    def _select(self, ctx: Context, shapes: Mapping[str, tuple[int, ...]]) -> _targets.Targets:
-        return _targets.select(shapes, read_config(ctx.path(self.instruct)), self.targets, ctx.where)
+    @contextmanager
+    def _matrices(self, ctx: Context) -> Iterator[tuple[Matrices, _targets.Targets]]:
+        """What to decompose and which of it, opened and checked."""
+        if self.fisher is not None:
+            with open_checkpoint(ctx.path(self.fisher), "fisher") as fisher:
+                weighed = {name: info.shape for name, info in fisher.tensors.items() if len(info.shape) == 2}
+                yield Weighed(fisher), _targets.select(weighed, {}, self.targets or ".", ctx.where)
+            return
+        assert self.instruct is not None and self.pretrained is not None
+        instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
+        if renamed := check_tokenizers(instruct, pretrained):
+            ctx.note(f"added tokens that differ: {some(renamed)}")
+        with opened(instruct, pretrained) as (one, other):
+            shapes = {name: info.shape for name, info in one.tensors.items()}
+            targets = _targets.select(shapes, read_config(instruct), self.targets, ctx.where)
+            yield Pair(one, other, targets.names), targets
 
     def _limit(self, shape: tuple[int, int]) -> int:
-        return max(1, min(self.rank, math.floor(self.max_share * min(shape))))
+        share = max(1, math.floor(self.max_share * min(shape)))
+        return share if self.rank is None else min(self.rank, share)
 
-    def _compute(self, ctx: Context, pair: Pair, limits: Mapping[str, int]) -> dict[str, Facts]:
+    def _compute(self, ctx: Context, pair: Matrices, limits: Mapping[str, int]) -> dict[str, Facts]:
         """Fill ctx.out/work with U, S and V of every matrix, padded with zeros to its limit; what is known of each."""
         from hubforge.masks._spectrum import leading
 
         if (ctx.out / DONE).is_file():
             known: dict[str, Facts] = json.loads((ctx.out / DONE).read_text(encoding="utf-8"))
             return known
-        rows, columns = zip(*(pair.shape(name) for name in limits), strict=True)
+        shapes = [pair.shape(name) for name in limits]
         written = sum(4 * k * (sum(pair.shape(name)) + 1) for name, k in limits.items())
-        ctx.note(
-            f"subspace of {len(limits)} matrices, one at a time: at most {size(_memory(rows, columns))} are held, "
-            f"{size(written)} written"
-        )
+        held = max(_memory(*shape) for shape in shapes)
+        ctx.note(f"subspace of {len(limits)} matrices, one at a time: {size(held)} are held, {size(written)} written")
         tensors = [
             (f"{name}.{part}", "F32", shape)
             for name, k in limits.items()
             for part, shape in _shapes(pair.shape(name), k).items()
         ]
-        plan = json.dumps([self.energy, tensors, [str(pair.one.path), str(pair.other.path)]])
+        plan = json.dumps([self.energy, tensors, pair.paths])
         writer = TensorWriter(ctx.out / "work", lay_out(tensors, stem="subspace"), plan)
         facts: dict[str, Facts] = {}
         names = list(limits)
@@ -175,6 +206,7 @@ class Subspace(Op):
     def _description(self, facts: Mapping[str, Facts], left_out: Mapping[str, int]) -> dict[str, Any]:
         total = sum(matrix["norm"] ** 2 for matrix in facts.values())
         return {
+            "of": "fisher" if self.fisher is not None else "difference",
             "rank": self.rank,
             "energy": self.energy,
             "max_share": self.max_share,
@@ -192,9 +224,9 @@ def _shapes(shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
     return {"U": (shape[0], rank), "S": (rank,), "V": (shape[1], rank)}
 
 
-def _memory(rows: tuple[int, ...], columns: tuple[int, ...]) -> int:
+def _memory(rows: int, columns: int) -> int:
     """Bytes: the difference in float32, and its Gram matrix in float64 three times (LAPACK works on copies)."""
-    return max(4 * out * into + 3 * 8 * min(out, into) ** 2 for out, into in zip(rows, columns, strict=True))
+    return 4 * rows * columns + 3 * 8 * min(rows, columns) ** 2
 
 
 def _padded(tensor: Tensor, rank: int) -> Tensor:
@@ -214,6 +246,7 @@ def _facts(found: Leading, base: float, rounding: float) -> Facts:
         "rounding_share": rounding / found.energy if found.energy else 0.0,
         "residual": found.residual,
         "angle_bound": found.angle_bound,
+        "solver": found.solver,
     }
 
 
@@ -231,7 +264,7 @@ def _cut(ctx: Context, facts: Mapping[str, Facts]) -> None:
         )
 
 
-def _metrics(rank: int, facts: Mapping[str, Facts]) -> Metrics:
+def _metrics(facts: Mapping[str, Facts]) -> Metrics:
     by_layer: dict[int, list[float]] = {}
     changed = {name: matrix for name, matrix in facts.items() if matrix["rank"]}
     for name, matrix in changed.items():
@@ -240,13 +273,15 @@ def _metrics(rank: int, facts: Mapping[str, Facts]) -> Metrics:
             by_layer.setdefault(layer, []).append(matrix["energy_captured"])
     total = sum(matrix["norm"] ** 2 for matrix in changed.values())
     return {
-        "rank": rank,
+        "rank": max(matrix["rank"] for matrix in changed.values()),
+        "directions": _spread([matrix["rank"] for matrix in changed.values()]),
         "matrices": len(changed),
         "unchanged": len(facts) - len(changed),
         "energy_captured": _spread([matrix["energy_captured"] for matrix in changed.values()]),
         "energy_captured_overall": sum(m["norm"] ** 2 * m["energy_captured"] for m in changed.values()) / total,
         "rounding_share": sum(m["norm"] ** 2 * m["rounding_share"] for m in changed.values()) / total,
         "residual": max(matrix["residual"] for matrix in changed.values()),
+        "refined": sum(matrix["solver"] == "refined" for matrix in changed.values()),
         "layers": [{"layer": layer, "energy_captured": _spread(by_layer[layer])} for layer in sorted(by_layer)],
     }
 

@@ -76,12 +76,13 @@ def test_the_subspace_is_that_of_a_float64_svd(spectrum: str, shape: tuple[int, 
     W = matrix(*shape, SPECTRA[spectrum])
     found = leading(W, 12)
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    assert sine(found.U, U[:, :12]) < 1e-6
-    assert sine(found.V, Vh[:12].T) < 1e-6
+    assert sine(found.U, U[:, :12]) < 1e-5
+    assert sine(found.V, Vh[:12].T) < 1e-5
     torch.testing.assert_close(found.S.double(), S[:12], rtol=1e-6, atol=0)
     torch.testing.assert_close(found.U.T @ W @ found.V, torch.diag(found.S), rtol=1e-5, atol=1e-6 * float(S[0]))
     assert found.captured == pytest.approx(float((S[:12] ** 2).sum() / (S**2).sum()), rel=1e-6)
-    assert found.angle_bound < 1e-6
+    assert max(sine(found.U, U[:, :12]), sine(found.V, Vh[:12].T)) < found.angle_bound + 1e-6  # float32
+    assert found.angle_bound < 1e-4
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -128,6 +129,46 @@ def test_a_spectrum_without_a_gap_says_so() -> None:
     assert leading(torch.eye(8), 8).angle_bound == 0.0
 
 
+@pytest.mark.parametrize(
+    ("spectrum", "k", "solver"), [("gap", 12, "refined"), ("half", 12, "refined"), ("steep", 36, "exact")]
+)
+def test_the_spectrum_chooses_the_solver(spectrum: str, k: int, solver: str) -> None:
+    """A steep spectrum has lost its small eigenvalues in float32: its effective rank is 1.08² / 1.004."""
+    assert leading(matrix(96, 200, SPECTRA[spectrum]), k).solver == solver
+
+
+@pytest.mark.parametrize("spectrum", ["gap", "half"])
+def test_refined_vectors_that_miss_the_bound_give_way_to_exact_ones(
+    spectrum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spoil what float32 gave: the bound sees it, and the answer is as good as ever."""
+    import numpy
+    import scipy.linalg
+
+    W, real = matrix(96, 200, SPECTRA[spectrum]), scipy.linalg.eigh
+    assert leading(W, 12).solver == "refined"
+
+    def spoiled(G: Any, **how: Any) -> Any:
+        values, vectors = real(G, **how)
+        if vectors.dtype == numpy.float32:
+            vectors = vectors + numpy.random.default_rng(0).normal(0, 0.02, vectors.shape)
+        return values, vectors
+
+    monkeypatch.setattr(scipy.linalg, "eigh", spoiled)
+    found = leading(W, 12)
+    assert found.solver == "exact"
+    assert sine(found.U, torch.linalg.svd(W.double())[0][:, :12]) < 1e-6
+
+
+def test_refined_vectors_find_what_a_float32_gram_matrix_loses() -> None:
+    """Two directions of nearly equal size: their order is lost in float32, and found by Rayleigh and Ritz."""
+    spectrum = torch.cat([torch.linspace(2, 1, 11), torch.tensor([1 - 1e-4, 1 - 2e-4]), torch.linspace(0.3, 0.1, 83)])
+    W = matrix(96, 200, spectrum.double())
+    found, true = leading(W, 12), torch.linalg.svd(W.double())[0][:, :12]
+    assert found.solver == "refined" and found.angle_bound < 1e-4
+    assert sine(found.U, true) < 1e-5
+
+
 def test_a_solver_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eigenvectors that are none: the residual shows it."""
     import scipy.linalg
@@ -148,6 +189,7 @@ def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = leading(W, 5)
     monkeypatch.setattr(_spectrum, "_BLOCK", 100)
     torch.testing.assert_close(leading(W, 5).U.abs(), whole.U.abs(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(leading(W.T, 5).V.abs(), whole.U.abs(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,6 +258,56 @@ def test_narrow_matrices_keep_a_share_of_their_directions(
     assert written[f"{Q_PROJ.replace('q_proj', 'k_proj')}.U"].shape == (32, 16)
     assert metrics["capped"] == 2
     assert any(isinstance(event, Note) and "rank 24 is limited in 2 matrices: to 16 in" in event.text for event in seen)
+
+
+def test_energy_alone_is_a_rank_per_matrix(tiny_llama: Path, tiny_llama_other: Path, tmp_path: Path) -> None:
+    """As many directions as hold a fifth of ‖Δ‖², at most half of the smaller side."""
+    out = tmp_path / "out"
+    metrics = op(rank=None, energy=0.2).run(context(out, tiny_llama_other, tiny_llama))
+    one, other = weights_of(tiny_llama_other), weights_of(tiny_llama)
+    ranks = set()
+    for name, matrix in json.loads((out / "subspace.json").read_text())["matrices"].items():
+        S = torch.linalg.svdvals(one[name].double() - other[name].double()) ** 2
+        rank = int((S.cumsum(0) / S.sum() < 0.2).sum()) + 1
+        assert load_file(out / "subspace.safetensors")[f"{name}.S"].shape == (rank,)
+        assert matrix["energy_captured"] >= 0.2
+        ranks.add(rank)
+    assert len(ranks) > 1 and metrics["rank"] == max(ranks) == metrics["directions"]["max"]
+    assert metrics["capped"] == 0
+
+
+def test_the_subspace_of_a_fisher_is_that_of_its_matrices(tmp_path: Path) -> None:
+    """The leading directions of F itself: nearly all of a matrix of squares lies in the first."""
+    generator = torch.Generator().manual_seed(0)
+    F = torch.randn(40, 60, generator=generator).square().bfloat16()
+    (tmp_path / "f").mkdir()
+    save_file({Q_PROJ: F, "model.layers.0.experts": F[None].clone()}, tmp_path / "f" / "fisher.safetensors")
+    (tmp_path / "out").mkdir()
+    ctx = Context("masks.weak", tmp_path / "out", {"f": Artifact("f", "mask", "k", tmp_path / "f")})
+    weak = Subspace.model_validate({"fisher": "f", "rank": 4})
+    weak.preflight(ctx)
+    weak.run(ctx)
+    written = load_file(tmp_path / "out" / "subspace.safetensors")
+    U, S, _ = torch.linalg.svd(F.double(), full_matrices=False)
+    assert sine(written[f"{Q_PROJ}.U"], U[:, :4]) < 1e-5
+    facts = json.loads((tmp_path / "out" / "subspace.json").read_text())
+    assert facts["of"] == "fisher" and facts["matrices"][Q_PROJ]["relative"] is None
+    assert float(S[0] ** 2 / (S**2).sum()) > 0.3 and list(facts["matrices"]) == [Q_PROJ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": None}, "give `rank` .*, `energy` .*, or both"),
+        ({"pretrained": None}, "`pretrained` is missing"),
+        ({"fisher": "f"}, "give `instruct` and `pretrained`, or `fisher` alone"),
+        ({"instruct": None, "pretrained": None}, "give `instruct` and `pretrained`, or `fisher` alone"),
+        ({"rank": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_fields_that_say_too_little_or_too_much(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        op(**fields)
 
 
 def test_matrices_that_do_not_differ_are_left_out_and_listed(tiny_llama: Path, tmp_path: Path) -> None:
