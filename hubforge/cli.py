@@ -204,6 +204,16 @@ def publish(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what a push would change.")] = False,
     templates: Annotated[Path | None, typer.Option(help="Folder of card templates that replace ours.")] = None,
+    stage: Annotated[
+        bool,
+        typer.Option(
+            "--stage/--no-stage",
+            help="Bring nothing to main before every repository is on the Hub and verified; or commit straight to it.",
+        ),
+    ] = True,
+    patience: Annotated[
+        str, typer.Option(help="All the waiting for a Hub that limits or fails, such as 90s, 30m or 2h.")
+    ] = "30m",
     serve: Annotated[
         bool | None, typer.Option("--serve/--no-serve", help="With --to local: keep serving. Default: on a terminal.")
     ] = None,
@@ -213,13 +223,13 @@ def publish(
     from hubforge import show
 
     here = session(ctx, recipe, as_json=as_json)
-    with here, here.hub(to) as hub:
+    with here, here.hub(to, patience) as hub:
         if dry_run:
             changes = here.plan_push(here.plan(None), None, hub=hub, templates=templates)
             emit(show.push_data(changes)) if as_json else show.print_push(changes)
             return
         outcome = here.run(None, templates=templates)
-        receipts = here.publish(outcome, hub, templates)
+        receipts = here.publish(outcome, hub, templates, stage=stage)
         here.pause()
         if as_json:
             emit({**show.outcome_data(outcome), "published": receipts})

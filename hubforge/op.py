@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic import Field as PydanticField
@@ -351,6 +351,20 @@ class Upload:
     folder: str | None = None  # everything is pushed below it, but for the card at the root
     tag: str | None = None
     private: bool = False
+    collection: str | None = None  # slug, or title, of the collection that the repository joins
+    supersedes: tuple[str, ...] = ()  # repositories whose page then points to this one
+
+
+class Credentials(Protocol):
+    """Tokens that are good for one repository and for a short time, as a CI job gets them."""
+
+    def token(self, repo: str, *, fresh: bool = False) -> str:
+        """A token for that repository; fresh: a new one, since the last was refused. Raises PublishError."""
+        ...
+
+    def secrets(self) -> Iterable[str]:
+        """All that must never be printed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -360,12 +374,20 @@ class Hub:
     endpoint: str
     token: str | None = field(default=None, repr=False)
     patience: float = 1800.0  # seconds of waiting in all, for a Hub that limits or fails
+    name: str = ""  # what this Hub is known by on this machine, where its address changes
+    credentials: Credentials | None = field(default=None, repr=False)  # used in place of `token` to publish
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret known of this Hub, so that it can be taken out of what is printed or written."""
+        held = self.credentials.secrets() if self.credentials else ()
+        return tuple(secret for secret in (self.token, *held) if secret)
 
 
 class Publisher(Op):
     """Pushes what steps made. Never cached, idempotent, and able to read back what it pushed."""
 
     makes: ClassVar[Kind] = "receipt"
+    staged: ClassVar[bool] = False  # True: its uploads may go through `publish.release`, all repositories together
 
     @abstractmethod
     def push(self, upload: Upload, hub: Hub, report: Callable[[Event], None]) -> Metrics:

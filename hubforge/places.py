@@ -49,7 +49,7 @@ def open_hub(to: str | None) -> Iterator[Hub]:
         from hubforge.hub import LocalHub
 
         with LocalHub(hub_folder()) as hub:
-            yield Hub(hub.endpoint, "local")
+            yield Hub(hub.endpoint, "local", name="local")
     elif re.match(r"^https?://", to):
         # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it.
         yield Hub(to.rstrip("/"), os.environ.get("HUBFORGE_HUB_TOKEN"))

@@ -6,15 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from pydantic import ValidationError
 
 from hubforge.assemble import artifact_files
 from hubforge.errors import HubforgeError, PublishError
-from hubforge.events import Finished, Report, Started, Warned
+from hubforge.events import Finished, Note, Report, Started, Warned
 from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publish._journal import Journal, journal_path
 from hubforge.publish._plan import RELEASE_LIMIT
-from hubforge.publish._remote import Remote
+from hubforge.publish._release import publish_release
+from hubforge.publish._remote import Remote, Snapshot
 from hubforge.publish._sums import sums_text
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
 from hubforge.run import Runner
@@ -76,7 +79,8 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
         for file in artifact_files(runner, entry)
     ]
     files += [UploadFile(path, content, len(content), hash_bytes(content)) for path, content in pages.files.items()]
-    message = getattr(recipe.targets[target.name].op, "message", None) or f"{release.name}: {recipe.path.name}"
+    op = recipe.targets[target.name].op
+    message = getattr(op, "message", None) or f"{release.name}: {recipe.path.name}"
     return Upload(
         target=target.name,
         repo=target.repo,
@@ -85,6 +89,8 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
         folder=target.folder,
         tag=target.tag,
         private=target.private,
+        collection=getattr(op, "collection", None),
+        supersedes=tuple(getattr(op, "supersedes", None) or ()),
     )
 
 
@@ -97,57 +103,115 @@ def located(runner: Runner, entry: str, path: str) -> Path:
     return runner.store.folder(runner.plan.steps[entry].key) / path
 
 
-def siblings(release: Release, name: str, hub: Hub, report: Report) -> list[Release]:
+def siblings(release: Release, name: str, remote: Remote, seen: Snapshot) -> list[Release]:
     """The releases of the other folders of a mask repository, as the release files in it tell; [] when it is new.
 
     A release file that cannot be read is reported and left out: its folder stays as it is, only its row is missing.
     """
     target = next(target for target in release.targets if target.name == name)
-    if target.folder is None:
+    if target.folder is None or seen.head is None or seen.head.commit is None:
         return []
     found = []
-    with Remote(hub, target.repo, report=report, step=f"publish.{name}") as remote:
-        head = remote.head()
-        if head is None or head.commit is None:
-            return []
-        for path in sorted(remote.tree(head.commit)):
-            folder, _, last = path.rpartition("/")
-            if last != FILE_NAME or not folder or folder == target.folder.strip("/"):
-                continue
-            try:
-                found.append(Release.model_validate_json(remote.read(path, head.commit, RELEASE_LIMIT)))
-            except (ValidationError, PublishError):
-                report(
-                    Warned(f"publish.{name}", f"{path} is not a release file that can be read; the card leaves it out")
-                )
+    for path in sorted(seen.tree):
+        folder, _, last = path.rpartition("/")
+        if last != FILE_NAME or not folder or folder == target.folder.strip("/"):
+            continue
+        try:
+            found.append(Release.model_validate_json(remote.read(path, seen.head.commit, RELEASE_LIMIT)))
+        except (ValidationError, PublishError):
+            text = f"{path} is not a release file that can be read; the card leaves it out"
+            remote.report(Warned(remote.step, text))
     return found
 
 
-def publish(
-    runner: Runner, release: Release, hub: Hub, report: Report, *, templates: Path | None = None
-) -> list[dict[str, object]]:
-    """Push every target, one commit per repository, each read back; the receipts, in the order of the recipe."""
-    from time import monotonic
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be pushed, for each target in the order of the recipe, and what its repository held when looked at."""
 
-    receipts: list[dict[str, object]] = []
+    uploads: tuple[Upload, ...]
+    seen: Mapping[str, Snapshot]
+
+
+def prepare(
+    runner: Runner, release: Release, hub: Hub, report: Report, *, templates: Path | None = None, write: bool = False
+) -> Prepared:
+    """Render every target against what the Hub holds. Each repository is looked at once; nothing is sent.
+
+    write: leave the pages beside the store, to look at. Folders of one repository that are published together know of
+    one another.
+    """
     targets = runner.plan.recipe.targets
-    for number, (name, target) in enumerate(targets.items(), 1):
-        step = f"publish.{name}"
-        report(Started(step, f"to {hub.endpoint}/{target.op.repo}", number, len(targets)))  # type: ignore[attr-defined]
-        began = monotonic()
+    seen: dict[str, Snapshot] = {}
+    uploads = []
+    together = {
+        name: Release.model_validate_json(render(release, name, templates=templates).files[target.prefix + FILE_NAME])
+        for name, target in ((target.name, target) for target in release.targets)
+        if target.folder is not None
+    }
+    for name, target in targets.items():
+        repo: str = target.op.repo  # type: ignore[attr-defined]
         try:
-            pages = render(release, name, siblings=siblings(release, name, hub, report), templates=templates)
-            write_pages(runner, pages)
-            receipt = target.op.push(upload(runner, release, pages), hub, report)
+            with Remote(hub, repo, report=report, step=f"publish.{name}") as remote:
+                if repo not in seen:
+                    seen[repo] = remote.look()
+                others = siblings(release, name, remote, seen[repo])
+            with_us = {one.name: one for one in release.targets if one.repo == repo and one.name != name}
+            folders = {one.folder for one in with_us.values()}
+            others = [one for one in others if _folder(one) not in folders] + [
+                together[one] for one in with_us if one in together
+            ]
+            pages = render(release, name, siblings=others, templates=templates)
+            if write:
+                write_pages(runner, pages)
+            uploads.append(upload(runner, release, pages))
         except HubforgeError as error:
-            if not error.where:
-                raise type(error)(error.what, where=target.where, mend=error.mend) from error
-            raise
-        receipts.append({"target": name, **receipt})
-        pushed = len(receipt["pushed"])
+            raise placed(error, target.where) from error
+    return Prepared(tuple(uploads), seen)
+
+
+def _folder(release: Release) -> str | None:
+    """The folder that a release file in it speaks of."""
+    return next((target.folder for target in release.targets if target.name == release.target), None)
+
+
+def placed(error: HubforgeError, where: str) -> HubforgeError:
+    """That error, with the line of the recipe where it has no place of its own."""
+    return error if error.where else type(error)(error.what, where=where, mend=error.mend)
+
+
+def publish(
+    runner: Runner,
+    release: Release,
+    hub: Hub,
+    report: Report,
+    *,
+    templates: Path | None = None,
+    stage: bool = True,
+) -> list[dict[str, object]]:
+    """Publish every target, each repository whole or not at all; the receipts, in the order of the recipe.
+
+    stage: nothing is brought to main before all of it is on the Hub and verified; see `publish._release`. An op that
+    knows no staging (of another package) pushes by itself, after all others.
+    """
+    recipe = runner.plan.recipe
+    targets = recipe.targets
+    began = monotonic()
+    journal = Journal(journal_path(runner.store.root, recipe.name, hub), hub)
+    receipts: dict[str, dict[str, object]] = {}
+    with journal.held(hub.patience, lambda text: report(Note("publish", text))):
+        prepared = prepare(runner, release, hub, report, templates=templates, write=True)
+        staged = [one for one in prepared.uploads if targets[one.target].op.staged]
+        done = publish_release(staged, hub, report, journal, seen=prepared.seen, stage=stage)
+        receipts |= {one.target: result for one, result in zip(staged, done, strict=True)}
+        for one in prepared.uploads:
+            if one not in staged:
+                report(Started(f"publish.{one.target}", f"to {hub.endpoint}/{one.repo}"))
+                receipts[one.target] = targets[one.target].op.push(one, hub, report)
+    for name in targets:
+        pushed = len(receipts[name]["pushed"])  # type: ignore[arg-type]
         summary = f"{pushed} file{'s' * (pushed != 1)} pushed" if pushed else "nothing to push"
-        report(Finished(step, monotonic() - began, f"{summary}, {receipt['unchanged']} unchanged"))
-    return receipts
+        report(Finished(f"publish.{name}", monotonic() - began, f"{summary}, {receipts[name]['unchanged']} unchanged"))
+    return [{"target": name, **receipts[name]} for name in targets]
 
 
 def require_targets(runner: Runner) -> None:

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,16 +199,22 @@ class Session:
         rendered = self.render(runner, assemble(runner), templates)
         return [path for name, path in rendered.items() if target in (None, name)]
 
-    def hub(self, to: str | None) -> Any:
-        return open_hub(to)
+    @contextmanager
+    def hub(self, to: str | None, patience: str = "30m") -> Iterator[Hub]:
+        """The Hub to publish to. patience: all the waiting for it, such as "90s", "30m", "2h"."""
+        seconds = parse_duration(patience)
+        with open_hub(to) as hub:
+            yield replace(hub, patience=seconds)
 
-    def publish(self, outcome: Outcome, hub: Hub, templates: Path | None) -> list[dict[str, object]]:
+    def publish(
+        self, outcome: Outcome, hub: Hub, templates: Path | None, *, stage: bool = True
+    ) -> list[dict[str, object]]:
         from hubforge.publishing import publish, require_targets
 
         runner = self.runner(outcome.plan)
         require_targets(runner)
         assert outcome.release is not None
-        return publish(runner, outcome.release, hub, self.report, templates=templates)
+        return publish(runner, outcome.release, hub, self.report, templates=templates, stage=stage)
 
     def plan_push(
         self, plan: Plan, to: str | None, *, hub: Hub | None = None, templates: Path | None = None
@@ -216,18 +222,15 @@ class Session:
         """What a push would change, per target; asks the Hub, uploads nothing. Every step must be made."""
         from hubforge.assemble import assemble
         from hubforge.publish._plan import plan_push
-        from hubforge.publishing import render, require_targets, siblings, upload
+        from hubforge.publishing import prepare, require_targets
 
         runner = self.runner(plan)
         require_targets(runner)
         release = assemble(runner)
         with ExitStack() as stack:
             hub = hub or stack.enter_context(open_hub(to))
-            changes = []
-            for name in self.recipe.targets:
-                pages = render(release, name, siblings=siblings(release, name, hub, self.report), templates=templates)
-                changes.append(plan_push(upload(runner, release, pages), hub, self.report))
-        return changes
+            prepared = prepare(runner, release, hub, self.report, templates=templates)
+            return [plan_push(one, hub, self.report) for one in prepared.uploads]
 
     def path(self, step: str) -> Path:
         """The folder of an artifact. Raises RecipeError when the step is not made."""
@@ -279,6 +282,14 @@ def parse_size(text: str) -> int:
     unit = match.group(2).lower()
     power = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[unit.rstrip("b").rstrip("i")]
     return int(float(match.group(1)) * (1024 if "i" in unit or unit in "kmgt" else 1000) ** power)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in "90", "90s", "30m", "1.5h". Raises HubforgeError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", text)
+    if not match:
+        raise HubforgeError(f"--patience is {text!r}", mend="Write a time such as 90s, 30m or 2h.")
+    return float(match.group(1)) * {"m": 60.0, "min": 60.0, "h": 3600.0}.get(match.group(2) or "s", 1.0)
 
 
 @contextmanager

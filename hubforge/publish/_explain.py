@@ -64,7 +64,9 @@ def explained(hub: Hub, repo: str, doing: str) -> Iterator[None]:
 
 def scrubbed(text: str, hub: Hub) -> str:
     """That text without the token, should a server or proxy have echoed it."""
-    return text.replace(hub.token, "***") if hub.token else text
+    for secret in hub.secrets():
+        text = text.replace(secret, "***")
+    return text
 
 
 def _scrub_chain(error: BaseException | None, hub: Hub) -> None:
@@ -124,7 +126,7 @@ def _from_answer(error: BaseException, hub: Hub, repo: str, doing: str, where: s
     said = " ".join(scrubbed(error.server_message or "", hub).split())
     tail = f" ({shown(said, 300)})" if said else ""
     wait: float | None = None
-    if status == 401 and hub.token is None:
+    if status == 401 and not hub.secrets():
         what, mend = "there is no token", f"Run `hf auth login`, or set HF_TOKEN to a token from {tokens}."
     elif status == 401:
         what = "the Hub does not accept the token: it is unknown, expired or revoked"

@@ -13,7 +13,7 @@ from hubforge.events import Report, Warned, silent
 from hubforge.op import FileDigest, Hub, Upload, UploadFile
 from hubforge.publish._explain import HubError
 from hubforge.publish._paths import path_fault, shown
-from hubforge.publish._remote import Head, Remote, RemoteFile
+from hubforge.publish._remote import Head, Remote, RemoteFile, Snapshot
 from hubforge.publish._sending import check_files, git_oid
 from hubforge.release import FILE_NAME, Release, TargetRecord
 
@@ -96,10 +96,14 @@ def plan_push(upload: Upload, hub: Hub, report: Report = silent) -> PushPlan:
         return plan(upload, remote)
 
 
-def plan(upload: Upload, remote: Remote, known: dict[str, str] | None = None) -> PushPlan:
-    """`plan_push` over an open repository; `known` keeps the git oids that were computed, by path."""
+def plan(upload: Upload, remote: Remote, known: dict[str, str] | None = None, seen: Snapshot | None = None) -> PushPlan:
+    """`plan_push` over an open repository; `known` keeps the git oids that were computed, by path.
+
+    seen: what main holds, when that was looked at just now.
+    """
     known = {} if known is None else known
-    head = remote.head()
+    seen = seen or remote.look()
+    head, tree = seen.head, seen.tree
     if head is None:
         return PushPlan(
             upload.target,
@@ -113,7 +117,6 @@ def plan(upload: Upload, remote: Remote, known: dict[str, str] | None = None) ->
             tag_change="create" if upload.tag else None,
         )
     check_visibility(upload, head, remote)
-    tree = remote.tree(head.commit) if head.commit else {}
     added = [file for file in upload.files if file.path not in tree]
     present = [file for file in upload.files if file.path in tree]
     unchanged = [file for file in present if is_same(file, tree[file.path], known)]

@@ -1,27 +1,23 @@
 """One repository on a Hub, through huggingface_hub: every failure is a HubError, every wait is reported.
 
-huggingface_hub keeps its transport, its progress bars and its HTTP client in process-wide settings. `Remote` sets them
-for as long as it is open and puts them back; a lock keeps two from being open at once, so pushes run one after another.
+The client's process-wide settings are set for as long as a `Remote` is open: see `_client`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from hubforge import __version__
 from hubforge.errors import PublishError
 from hubforge.events import Report, Warned, silent
 from hubforge.op import Hub
-from hubforge.publish._explain import HubError, explain, explained, scrubbed
+from hubforge.publish._client import client_settings
+from hubforge.publish._explain import HubError, explained, scrubbed
 from hubforge.publish._paths import shown
 from hubforge.publish._retry import Retry
 
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LOCK = threading.RLock()
-_CONNECT, _SILENCE = 15.0, 300.0  # seconds; without them the client waits for ever. Large commits take minutes.
 _CHUNK = 1 << 20
 
 
@@ -56,23 +50,26 @@ class Head:
     private: bool
 
 
-def has_xet(endpoint: str) -> bool:
-    """Whether files go there by xet. huggingface.co stores by xet; elsewhere LFS always works and xet seldom.
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository as it was when it was looked at. head: None when it does not exist; tree: every file, by path."""
 
-    The client does not negotiate: with xet and a Hub that has none, the first large file fails
-    (huggingface_hub#4507), so the transport is chosen by the address.
-    """
-    host = (urlsplit(endpoint).hostname or "").lower()
-    return host == "huggingface.co" or host.endswith(".huggingface.co")
+    head: Head | None
+    tree: Mapping[str, RemoteFile]
 
 
 class Remote:
     """A repository, open: use it in a `with` block."""
 
-    def __init__(self, hub: Hub, repo: str, *, report: Report = silent, step: str = "") -> None:
+    def __init__(
+        self, hub: Hub, repo: str, *, report: Report = silent, step: str = "", retry: Retry | None = None
+    ) -> None:
+        """retry: the waiting that is shared with other repositories; by default this one has all the patience."""
         self.hub, self.repo, self.report, self.step = hub, repo, report, step
         self.endpoint = hub.endpoint.rstrip("/")
-        self.retry = Retry(report, step, hub.patience)
+        self.retry = retry or Retry(report, step, hub.patience)
+        self.retry.step = step
+        self.token = hub.token
         self._open = ExitStack()
         self._api: HfApi | None = None
 
@@ -80,11 +77,13 @@ class Remote:
         from huggingface_hub import HfApi
 
         with ExitStack() as stack:
-            stack.enter_context(_client_settings(self))
+            stack.enter_context(client_settings(self))
+            if self.hub.credentials is not None and self.repo:
+                self.token = self.hub.credentials.token(self.repo)
             # False, not None: None would send the token saved on this machine to whatever Hub this is.
             self._api = HfApi(
                 endpoint=self.endpoint,
-                token=self.hub.token or False,
+                token=self.token or False,
                 library_name="hubforge",
                 library_version=__version__,
             )
@@ -103,21 +102,38 @@ class Remote:
 
     def _headers(self) -> dict[str, str]:
         """The headers of the requests that we send ourselves, over the client's connection."""
-        token = {"Authorization": f"Bearer {self.hub.token}"} if self.hub.token else {}
+        token = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return {"User-Agent": f"hubforge/{__version__}", **token}
 
     def call(self, doing: str, function: Callable[[], T], *, client_retries: bool = False, resend: bool = True) -> T:
         """What that call returns; its failures explained, and tried again by the rules of `_retry`."""
 
         def once() -> T:
+            self._renew(fresh=False)
             with explained(self.hub, self.repo, doing):
                 return function()
 
-        return self.retry.call(once, client_retries=client_retries, resend=resend)
+        def renewing() -> T:
+            try:
+                return once()
+            except HubError as error:
+                # A token that ran out in the middle: whatever was asked was refused, so asking again repeats nothing.
+                if error.status != 401 or not self._renew(fresh=True):
+                    raise
+                return once()
+
+        return self.retry.call(renewing, client_retries=client_retries, resend=resend)
+
+    def _renew(self, *, fresh: bool) -> bool:
+        """Take the token that is good now, where tokens are short-lived; whether there is another one."""
+        if self.hub.credentials is None or not self.repo or self._api is None:
+            return False
+        self.token = self._api.token = self.hub.credentials.token(self.repo, fresh=fresh)
+        return True
 
     def whoami(self) -> Mapping[str, Any]:
         """What the Hub says of the token's owner and permissions."""
-        return dict(self.call("ask whose token this is", lambda: self.api.whoami(token=self.hub.token)))
+        return dict(self.call("ask whose token this is", lambda: self.api.whoami(token=self.token)))
 
     def head(self, revision: str = "main") -> Head | None:
         """Where that revision stands, or None when the repository does not exist (or is hidden from the token)."""
@@ -134,6 +150,11 @@ class Remote:
                 return None
             raise
         return Head(info.sha, bool(info.private))
+
+    def look(self) -> Snapshot:
+        """What main holds now: two requests."""
+        head = self.head()
+        return Snapshot(head, self.tree(head.commit) if head and head.commit else {})
 
     def _visible(self) -> Any:
         return self.call("look at the repository", lambda: self.api.repo_info(self.repo, repo_type="model"))
@@ -201,25 +222,33 @@ class Remote:
         )
 
     def commit(
-        self, operations: Sequence[CommitOperationAdd | CommitOperationDelete], message: str, parent: str | None
-    ) -> str:
-        """The commit that these operations made on top of `parent`.
+        self,
+        operations: Sequence[CommitOperationAdd | CommitOperationDelete],
+        message: str,
+        parent: str | None,
+        *,
+        description: str = "",
+        pull: bool = False,
+    ) -> tuple[str, int]:
+        """The commit that these operations made on top of `parent`; and with `pull` the new pull request it is in.
 
         HubError with status 412: the branch stands elsewhere; `in_doubt`: it may have been made all the same.
         """
         info = self.call(
-            "commit",
+            "open a pull request" if pull else "commit",
             lambda: self.api.create_commit(
                 self.repo,
                 operations=list(operations),
                 commit_message=message,
+                commit_description=description,
                 parent_commit=parent,
                 repo_type="model",
                 revision="main",
+                create_pr=pull,
             ),
             resend=False,
         )
-        return info.oid
+        return info.oid, int(info.pr_num or 0)
 
     def tag(self, tag: str, commit: str) -> None:
         """Put that tag on that commit; HubError with status 409 when there is one of that name."""
@@ -290,76 +319,3 @@ def _messages(found: Any) -> list[str]:
     if not isinstance(found, list):
         return []
     return [shown(str(one["message"]), 300) for one in found[:20] if isinstance(one, dict) and "message" in one]
-
-
-class _ToReport(logging.Handler):
-    """Turns the client's warnings ("Retrying in 4s") into events, so that they neither get lost nor tear a display."""
-
-    def __init__(self, remote: Remote) -> None:
-        super().__init__(logging.WARNING)
-        self.remote = remote
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(scrubbed(record.getMessage(), self.remote.hub).split())
-        self.remote.report(Warned(self.remote.step, shown(text, 300)))
-
-
-@contextmanager
-def _client_settings(remote: Remote) -> Iterator[None]:
-    """huggingface_hub set up for this Hub, and as it was before when this ends."""
-    import httpx2
-    from huggingface_hub import constants, hf_raise_for_status, set_client_factory
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import _http as client_module
-
-    bars = import_module("huggingface_hub.utils.tqdm")  # an import statement would find the class of that name
-    with _LOCK, warnings.catch_warnings():
-        xet_was_off, bars_were_off = constants.HF_HUB_DISABLE_XET, bars.are_progress_bars_disabled()
-        # There is no public way to ask which factory is set; a user's own (proxy, certificates) must survive.
-        factory = client_module._GLOBAL_CLIENT_FACTORY
-        logger, handler = logging.getLogger("huggingface_hub"), _ToReport(remote)
-        handlers, propagate = list(logger.handlers), logger.propagate
-
-        def heed(response: httpx2.Response) -> None:
-            """Stop the client from sleeping for longer than the user would: it waits as long as a 429 tells it."""
-            if response.status_code == 429:
-                response.read()
-                try:
-                    hf_raise_for_status(response)
-                except HfHubHTTPError as error:
-                    ours = explain(error, remote.hub, remote.repo, "go on")
-                    if ours.wait is not None and not remote.retry.has_patience_for(ours.wait):
-                        raise ours from error
-
-        def bound(request: httpx2.Request) -> None:
-            """Bound every silence. Not by the client's default: model_info and others ask for no limit by name."""
-            limits = httpx2.Timeout(_SILENCE, connect=_CONNECT, pool=None).as_dict()
-            asked = request.extensions.get("timeout") or {}
-            known = {name: seconds for name, seconds in asked.items() if seconds is not None}
-            request.extensions = {**request.extensions, "timeout": {**limits, **known}}
-
-        def patient() -> httpx2.Client:
-            client = factory()
-            hooks = client.event_hooks
-            client.event_hooks = {"request": [*hooks["request"], bound], "response": [*hooks["response"], heed]}
-            return client
-
-        def told(message: Warning | str, *_: object, **__: object) -> None:
-            remote.report(Warned(remote.step, shown(" ".join(scrubbed(str(message), remote.hub).split()), 300)))
-
-        try:
-            if not has_xet(remote.endpoint):
-                constants.HF_HUB_DISABLE_XET = True
-            if not bars_were_off:
-                bars.disable_progress_bars()
-            set_client_factory(patient)
-            logger.handlers, logger.propagate = [handler], False
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.showwarning = told
-            yield
-        finally:
-            constants.HF_HUB_DISABLE_XET = xet_was_off
-            if not bars_were_off:
-                bars.enable_progress_bars()
-            set_client_factory(factory)
-            logger.handlers, logger.propagate = handlers, propagate

@@ -1,4 +1,4 @@
-"""`op: hub`: publish to a model repository on a Hub, in one commit that is read back, and a tag."""
+"""`op: hub`: publish to a model repository on a Hub, in one commit that is staged, verified and promoted, and a tag."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from hubforge.events import Event
 from hubforge.op import AdapterRef, GgufRef, Hub, MaskRef, Metrics, ModelRef, Publisher, Upload
 from hubforge.publish._access import Access, check_access, may_publish, sends_token_in_clear
+from hubforge.publish._links import is_slug
 from hubforge.publish._paths import path_fault, repo_fault, tag_fault
 from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._push import push
@@ -35,6 +36,7 @@ class HubPublisher(Publisher):
     """A model repository on the Hub: files, card, release file and checksums in one commit, read back, then tagged."""
 
     version: ClassVar[int] = 1
+    staged: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("huggingface_hub",)
     source: ClassVar[str] = "huggingface_hub: preupload_lfs_files, create_commit(parent_commit=...)"
 
@@ -61,6 +63,16 @@ class HubPublisher(Publisher):
         description="Make a new repository private. Pushing to a public one is then an error; a repository that is"
         " private already stays so.",
     )
+    collection: str | None = Field(
+        None,
+        description="Collection that the repository joins once it is public: its slug (me/name-24 digits), or the title"
+        " (at most 60 characters) of one in the repository's namespace, which is made when it is missing.",
+    )
+    supersedes: list[str] | None = Field(
+        None,
+        description="Repositories (namespace/name) that this one replaces: `new_version` is set on their cards, so that"
+        " the Hub points readers here.",
+    )
     message: str | None = Field(None, description="First line of the commit message; the release's name by default.")
 
     @field_validator("repo")
@@ -84,6 +96,23 @@ class HubPublisher(Publisher):
             raise ValueError(f"{tag!r} {fault}")
         return tag
 
+    @field_validator("collection")
+    @classmethod
+    def _check_collection(cls, collection: str | None) -> str | None:
+        if collection is not None and not collection.strip():
+            raise ValueError("is empty; leave it out to join none")
+        if collection is not None and not is_slug(collection) and len(collection) > 60:
+            raise ValueError(f"has {len(collection)} characters, but a collection's title has at most 60")
+        return collection
+
+    @field_validator("supersedes")
+    @classmethod
+    def _check_supersedes(cls, supersedes: list[str] | None) -> list[str] | None:
+        for repo in supersedes or ():
+            if fault := repo_fault(repo):
+                raise ValueError(f"{repo!r} {fault}")
+        return supersedes
+
     @field_validator("message")
     @classmethod
     def _check_message(cls, message: str | None) -> str | None:
@@ -103,6 +132,8 @@ class HubPublisher(Publisher):
 
     @model_validator(mode="after")
     def _check_contents(self) -> HubPublisher:
+        if self.repo in (self.supersedes or ()):
+            raise ValueError(f"supersedes itself ({self.repo}), but must name other repositories")
         given = [name for name in _CONTENTS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"has {' and '.join(given)}" if given else "has none of them"

@@ -191,7 +191,7 @@ def test_a_hub_that_takes_the_request_and_never_answers_is_given_up(
 ) -> None:
     import socket
 
-    monkeypatch.setattr("hubforge.publish._remote._SILENCE", 0.02)
+    monkeypatch.setattr("hubforge.publish._client._SILENCE", 0.02)
     with socket.create_server(("127.0.0.1", 0)) as silence:
         address = f"http://127.0.0.1:{silence.getsockname()[1]}"
         with pytest.raises(PublishError, match="the Hub took too long to answer"):

@@ -14,7 +14,7 @@ from hubforge.errors import PublishError
 from hubforge.events import Event, Progress
 from hubforge.hub import HubSettings
 from hubforge.op import Hub
-from hubforge.publish._remote import has_xet
+from hubforge.publish._client import has_xet
 from hubforge.publish.hub import push
 from tests.fixtures_publish import MakeUpload, digest
 from tests.publish.faulty import FaultyHub, Scope
@@ -53,7 +53,7 @@ def xet_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[XetHub]
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr("hubforge.publish._push.has_xet", lambda endpoint: True)
-    monkeypatch.setattr("hubforge.publish._remote.has_xet", lambda endpoint: True)
+    monkeypatch.setattr("hubforge.publish._client.has_xet", lambda endpoint: True)
     monkeypatch.setattr("hubforge.publish._push._ALONE", 4000)
     with XetHub(tmp_path / "hub", HubSettings(lfs_from=2000)) as server:
         yield server
