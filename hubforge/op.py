@@ -252,6 +252,7 @@ class TensorOp(Op):
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "merge"
     computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
+    hides: ClassVar[bool] = False  # True: NaN in an input may not reach the output, so the inputs are looked at too
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
         None, description="Element type of the output; by default each tensor keeps the one it has in the base model."

@@ -24,6 +24,7 @@ class ArceeFusion(FromBase):
     Quartiles are those of all elements; mergekit 0.1.5 takes a random million of larger tensors.
     """
 
+    hides: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "W₁ where I ≥ median(I) + 1.5 · (Q₃ − Q₁)(I), else W;  I = |W₁ − W| · KL(softmax W₁ ‖ softmax W) by row"
     )

@@ -20,7 +20,8 @@ from hubforge.tensors.adapter_writer import Merged, merge_adapters
 from hubforge.tensors.dtypes import FLOATS
 from hubforge.tensors.low_rank import reduce_matrix, summary, write_ranks
 from hubforge.tensors.names import Aliases, layer_of, natural_order
-from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_header
+from hubforge.tensors.quantised import open_model
+from hubforge.tensors.reader import Checkpoint, read_header
 from hubforge.tensors.writer import write_whole
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ class ExtractLora(Op):
     def preflight(self, ctx: Context) -> None:
         """Names, shapes and dtypes, where both models are there already: only headers are read."""
         if self.model in ctx.inputs and self.base_model in ctx.inputs:
-            with open_checkpoint(ctx.path(self.model)) as tuned, open_checkpoint(ctx.path(self.base_model)) as base:
+            with open_model(ctx.path(self.model)) as tuned, open_model(ctx.path(self.base_model)) as base:
                 self._pairs(ctx, tuned, base)
 
     def run(self, ctx: Context) -> Metrics:
-        with open_checkpoint(ctx.path(self.model)) as tuned, open_checkpoint(ctx.path(self.base_model)) as base:
+        with open_model(ctx.path(self.model)) as tuned, open_model(ctx.path(self.base_model)) as base:
             theirs = self._pairs(ctx, tuned, base)
             facts = self._reduce(ctx, tuned, base, theirs)
             covered = sum(fact["norm"] ** 2 for fact in facts.values())

@@ -22,6 +22,7 @@ class Nearswap(FromBase):
     cut to [0, 1], which is the same.
     """
 
+    hides: ClassVar[bool] = True
     formula: ClassVar[str] = "W + clamp(W₁ − W, −t, t)"
     source: ClassVar[str] = "alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
 

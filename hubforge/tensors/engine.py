@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from hubforge.errors import StepError
 from hubforge.op import Context, Metrics, Place, TensorOp
 from hubforge.tensors import dtypes
-from hubforge.tensors.inputs import Inputs, Rows, is_buffer, open_inputs, require_float
+from hubforge.tensors.inputs import Inputs, Rows, Weights, is_buffer, open_inputs, require_float
 from hubforge.tensors.layout import GB, Layout, Slot, lay_out
 from hubforge.tensors.names import layer_of
 from hubforge.tensors.quantised import Dequantised, without_quantisation
 from hubforge.tensors.reader import TensorInfo
-from hubforge.tensors.rounding import LOW, gain_metrics, gain_sums, not_finite
+from hubforge.tensors.rounding import LOW, gain_metrics, gain_sums, is_finite, not_finite
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
 from hubforge.tensors.writer import Piece, Writer, piece_of
 
@@ -336,18 +336,34 @@ class _Work:
             raise TypeError(f"{type(self.op).__name__}.tensor gave {found} for {target.name}, not float32 of its shape")
         rounded = merged.to(dtypes.torch_dtype(target.slot.dtype))
         back = rounded.float()
-        if self.op.nan == "error" and not_finite(back, base):
-            raise self._not_finite(target, rows)
+        if self.op.nan == "error":
+            if not is_finite(back):
+                rounded = self._only_shared_infinities(target, rounded, rows)
+            elif self.op.hides and any(not is_finite(rows[ref]) for ref in rows):
+                raise self._not_finite(target, rows)
         kept, intended = gain_sums(base, merged, back)
         return rounded.contiguous().reshape(-1).view(torch.uint8), kept, intended
 
-    def _not_finite(self, target: Target, rows: Rows) -> StepError:
+    def _only_shared_infinities(self, target: Target, rounded: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The output with the infinities that all models share, as clamp bounds are; others, and NaN, are an error."""
         import torch
 
+        base = rows[self.op.base_ref]
+        shared = base.isinf()
         for ref in rows:
-            if not bool(torch.isfinite(rows[ref]).all()):
+            if isinstance(self.inputs.by_ref[ref], Weights):
+                shared = shared & (rows[ref] == base)
+        if bool((~torch.isfinite(rounded) & ~shared).any()):
+            raise self._not_finite(target, rows)
+        return torch.where(shared, base.to(rounded.dtype), rounded)
+
+    def _not_finite(self, target: Target, rows: Rows) -> StepError:
+        base = rows[self.op.base_ref]
+        for ref in sorted(rows, key=lambda ref: not not_finite(rows[ref], base)):
+            if not is_finite(rows[ref]):
                 what = f"{target.name} of {ref} ({self.inputs.by_ref[ref].file(target.name)}) holds NaN or infinity"
-                return StepError(what, where=self.ctx.where, mend="That input is damaged; make or fetch it again.")
+                mend = "That input is damaged: make or fetch it again. `nan: keep` takes it as it is."
+                return StepError(what, where=self.ctx.where, mend=mend)
         what = f"{target.name} does not fit into {dtypes.torch_name(target.slot.dtype)}: some values become infinite"
         return StepError(what, where=self.ctx.where, mend="Lower the scale, or set dtype: bfloat16 or float32.")
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hubforge.errors import StepError
-from hubforge.op import Context, Ref, TensorOp
+from hubforge.errors import SourceError, StepError
+from hubforge.op import Artifact, Context, Ref, TensorOp
 from hubforge.tensors import dtypes
 from hubforge.tensors.adapter import Adapter, LoraModule, delta, open_adapter
 from hubforge.tensors.names import Aliases, canonical, paired
 from hubforge.tensors.quantised import config_beside, open_model, quantised_by
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
+from hubforge.tensors.tokens import FILE as TOKENIZER
 from hubforge.tensors.tokens import read_tokens
-from hubforge.tensors.vocabulary import Held, Vocabulary
+from hubforge.tensors.vocabulary import Held, Vocabulary, is_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,6 +154,7 @@ def open_inputs(op: TensorOp, ctx: Context, stack: ExitStack) -> Inputs:
         if artifact.kind == "adapter":
             adapter = stack.enter_context(open_adapter(artifact.path, str(ref)))
             by_ref[ref] = Deltas(adapter, adapter.on(base))
+            _warn_of_another_base(adapter, ctx.inputs[op.base_ref], ctx)
             continue
         is_model = artifact.kind == "model"
         other = models[ref] if is_model else stack.enter_context(open_checkpoint(artifact.path, "fisher"))
@@ -174,6 +176,7 @@ def _vocabulary(op: TensorOp, ctx: Context, opened: Mapping[str, Checkpoint], st
     """The common vocabulary that the op asks for."""
     wanted = op.vocabulary()
     if wanted is None:
+        _warn_of_other_tokens(op, ctx, opened)
         return None
     lenders = {row.model for row in wanted.tokens.values() if row.model}
     lenders |= {wanted.source} - {"base", "union"}
@@ -196,7 +199,37 @@ def _check_same_shape(name: str, base: Checkpoint, own: str, other: Checkpoint, 
     here, there = base.info(name), other.info(own)
     if here.shape != there.shape:
         what = f"{name} is {list(here.shape)} in {here.file}, but {own} is {list(there.shape)} in {there.file}"
-        raise StepError(what, where=ctx.where, mend="Only tensors of one shape can be merged.")
+        mend = "Only tensors of one shape can be merged."
+        if is_table(name) and here.shape[1:] == there.shape[1:]:
+            mend = "The vocabularies differ: `tokenizer: base` (or union) matches their rows by the tokens' text."
+        raise StepError(what, where=ctx.where, mend=mend)
+
+
+def _warn_of_another_base(adapter: Adapter, base: Artifact, ctx: Context) -> None:
+    """Shapes have been checked; what the adapter says of its base can only be looked at when the base's repo is known.
+
+    Only a warning: an adapter of a pretrained model is often applied to the instruct model made from it.
+    """
+    trained_on, repo = adapter.config.base_model, str(base.origin.get("repo") or "")
+    if trained_on and repo and trained_on.rstrip("/").lower() != repo.lower():
+        ctx.warn(f"{adapter.name} was trained on {trained_on}, and is applied to {base.name}, which is {repo}")
+
+
+def _warn_of_other_tokens(op: TensorOp, ctx: Context, refs: Iterable[str]) -> None:
+    """Where rows are merged as they are, say which models number their tokens otherwise than the base."""
+    base = ctx.inputs[op.base_ref].path / TOKENIZER
+    for ref in refs:
+        other = ctx.inputs[ref].path / TOKENIZER
+        if not base.is_file() or not other.is_file() or other.read_bytes() == base.read_bytes():
+            continue
+        try:
+            ours, theirs = read_tokens(base.parent, op.base_ref).ids, read_tokens(other.parent, ref).ids
+        except SourceError:
+            continue  # It may be of no known form: nothing is read from it.
+        moved = sum(theirs.get(token, number) != number for token, number in ours.items())
+        if moved:
+            mend = "`tokenizer: base` matches them by their text"
+            ctx.warn(f"{ref} numbers {moved} of {op.base_ref}'s {len(ours)} tokens otherwise; {mend}")
 
 
 def _tied_heads(base: Checkpoint, other: Checkpoint, names: Mapping[str, str], folder: Path) -> dict[str, str]:

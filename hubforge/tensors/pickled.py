@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_TIED = ("lm_head.weight", "embed_out.weight")
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride())
+
+
 class PickledCheckpoint(Checkpoint):
     """A state dict kept as torch left it: mapped from the file where the file's format permits, else in memory."""
 
@@ -31,6 +38,8 @@ class PickledCheckpoint(Checkpoint):
                     dtype = dtypes.from_torch(tensor.dtype)
                 except KeyError:
                     raise SourceError(f"tensor {name!r} is {tensor.dtype}", where=str(file)) from None
+                if name.endswith(_TIED) and any(_same_memory(tensor, other) for other in state.values()):
+                    continue  # As safetensors: a head tied to the embeddings is not kept twice.
                 size = tensor.numel() * tensor.element_size()
                 tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape), file, 0, size)
                 state[name] = tensor

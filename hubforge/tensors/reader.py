@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -293,8 +294,10 @@ def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
         return _open_pickled(path, [path / "pytorch_model.bin"])
     index = path / "pytorch_model.bin.index.json"
     if index.is_file():
-        shards = sorted(set(read_index(index, ".bin").values()))
-        return _open_pickled(path, [path / shard for shard in shards])
+        weight_map = read_index(index, ".bin")
+        found = _open_pickled(path, [path / shard for shard in sorted(set(weight_map.values()))])
+        _check_all_listed(weight_map, found.tensors, index)
+        return found
     raise SourceError("has no weights", where=str(path), mend="Expected model.safetensors, or shards with their index.")
 
 
@@ -309,10 +312,20 @@ def _open_sharded(folder: Path, index: Path) -> Checkpoint:
             if name not in weight_map:
                 raise SourceError(f"{shard} holds tensor {_quote(name)}, which is not listed", where=str(index))
             tensors[name] = info
+    _check_all_listed(weight_map, tensors, index)
+    return Checkpoint(folder, tensors)
+
+
+def _check_all_listed(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], index: Path) -> None:
+    """SourceError unless each tensor is in the shard that the index says, and each shard of the set is in the index."""
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise SourceError(f"tensor {_quote(name)} is not in {shard}", where=str(index), mend=_FETCH_AGAIN)
-    return Checkpoint(folder, tensors)
+    named = set(weight_map.values())
+    sets = {re.sub(r"\d+(-of-\d+\.)", r"*\1", shard) for shard in named if "-of-" in shard}
+    for file in sorted(file.name for pattern in sets for file in index.parent.glob(pattern)):
+        if file not in named:
+            raise SourceError(f"lists nothing of {file}", where=str(index), mend=_FETCH_AGAIN)
 
 
 def _open_pickled(path: Path, files: list[Path]) -> Checkpoint:

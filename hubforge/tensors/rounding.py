@@ -41,10 +41,15 @@ def gain_metrics(sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     return found
 
 
-def not_finite(rounded: Tensor, base: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; a sum tells all but always."""
+    import torch
+
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def not_finite(tensor: Tensor, base: Tensor) -> bool:
     """Whether some value is NaN, or is infinite where the base's is not the same infinity (as clamp bounds are)."""
     import torch
 
-    if bool(torch.isfinite(rounded.sum())):
-        return False
-    return bool((~torch.isfinite(rounded) & (rounded != base)).any())
+    return not is_finite(tensor) and bool((~torch.isfinite(tensor) & (tensor != base)).any())

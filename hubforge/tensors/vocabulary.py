@@ -61,6 +61,11 @@ class Held:
         return Aliases(self.checkpoint, str(self.checkpoint.path))
 
 
+def is_table(name: str) -> bool:
+    """Whether a tensor of that name has a row for each token."""
+    return _TABLE.fullmatch(name) is not None
+
+
 class Vocabulary:
     """The output's tokens, and for each model and token the row, or the rows to average, that stand for it.
 
@@ -93,7 +98,7 @@ class Vocabulary:
 
     def tables(self, checkpoint: Checkpoint) -> list[TensorInfo]:
         """The tensors with a row for each token."""
-        return [info for info in checkpoint.tensors.values() if info.shape and _TABLE.fullmatch(info.name)]
+        return [info for info in checkpoint.tensors.values() if info.shape and is_table(info.name)]
 
     def rows(self, name: str) -> int:
         """The rows that a table has in the output: the reference's, and as many more as tokens were added."""

@@ -157,6 +157,26 @@ def test_pickled_state_dicts_are_read_with_weights_only(tmp_path, legacy):
         assert found.read("b") == 2.0
 
 
+def test_pickled_shards_are_those_of_their_index(tmp_path):
+    for number, name in enumerate("ab", 1):
+        torch.save({name: torch.ones(2)}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{number}-of-00002.bin" for number, name in enumerate("ab", 1)}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with open_checkpoint(tmp_path) as found:
+        assert {name: found.read(name).tolist() for name in found} == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    index.write_text(json.dumps({"weight_map": weight_map | {"c": weight_map["a"]}}))
+    with pytest.raises(SourceError, match=r"tensor 'c' is not in pytorch_model-00001-of-00002.bin"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_head_that_shares_the_memory_of_the_embeddings_is_one_tensor(tmp_path):
+    embeddings = torch.ones(3, 2)
+    torch.save({"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}, tmp_path / "pytorch_model.bin")
+    with open_checkpoint(tmp_path) as found:
+        assert list(found) == ["model.embed_tokens.weight"]
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("pickle code ran",))
