@@ -49,11 +49,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None, adapter: Path | None = None
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """The causal language model in `folder`, in eval mode on `device`.
 
     dtype: of its weights; None keeps the checkpoint's. adapter: a PEFT folder to put on top, unmerged.
+    spread: shard it evenly over all GPUs by accelerate's device map.
     A checkpoint of another class loads as random weights with only a log line, so every weight of the model must have
     been in the checkpoint, and every weight of the adapter must have found its place.
     """
@@ -71,6 +77,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **({"device_map": "balanced" if spread else {"": device}} if spread or "cuda" in device else {}),
                 ignore_mismatched_sizes=True,  # Not ignored: named below, where Transformers points at its own log.
             )
         except MemoryError:
@@ -94,7 +101,8 @@ def load_model(
         )
     if adapter is not None:
         model = _put_on(model, adapter)
-    return cast("PreTrainedModel", model.to(device).eval())
+    placed = model if spread else model.to(device)
+    return cast("PreTrainedModel", placed.eval())
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

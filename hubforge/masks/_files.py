@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubforge.tensors.dtypes import from_torch
 from hubforge.tensors.layout import Layout, lay_out
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
 from hubforge.tensors.writer import Piece, Writer, piece_of, write_whole
@@ -99,11 +100,11 @@ class States:
         return json.loads(whole[-1].read_text(encoding="utf-8")), open_checkpoint(whole[-1].parent)
 
     def save(self, number: int, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Save a state (fp32 tensors), then drop those before it. facts.json comes last: it makes the state whole."""
+        """Save a state, then drop those before it. facts.json comes last: it makes the state whole."""
         folder = self._folder / str(number)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        shapes = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        shapes = {name: (from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(folder, "state", shapes, lambda name: tensors[name])
         write_json(folder / "facts.json", facts)
         for other in self._others(number):

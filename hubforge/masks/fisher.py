@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from hubforge.errors import StepError
-from hubforge.masks import _targets
-from hubforge.masks._files import States, size, write_json, write_tensors
+from hubforge.masks import _memory, _targets
+from hubforge.masks._files import States, write_json
+from hubforge.masks._layers import cuts
 from hubforge.models import load_model, load_tokenizer, read_config, rows, texts
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelRef, Op
 from hubforge.rows import some
-from hubforge.tensors.names import Aliases, layer_of
+from hubforge.tensors.names import Aliases
 from hubforge.tensors.reader import open_checkpoint
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
-    from hubforge.masks._diagonal import Diagonal, Example
+    from hubforge.masks._losses import Example
+    from hubforge.masks._memory import Plan
 
-SAVE_EVERY = 60.0  # seconds between saved states, or more, so that
-SAVE_SHARE = 0.05  # saving takes no more than this share of the time
+REPLIES = "replies.json"  # what the model said, until the mask is there
 _TOWER = re.compile(r"(?:^|\.)(?:vision|audio|image|embed_vision|embed_audio|multi_modal)(?:_|\.)")
 
 
 class Fisher(Op):
     """How much each weight matters to the model on the given texts: the mean over them of its squared gradient.
 
-    Taken per example, one at a time, so it is the diagonal of the (empirical) Fisher information and not the square of
-    a batch's mean gradient. Accumulated in float32 and stored as bfloat16; in float16 much of it would be zero.
+    Taken per example, so it is the diagonal of the (empirical) Fisher information and not the square of a batch's mean
+    gradient. Accumulated in float32 and stored as bfloat16; in float16 much of it would be zero.
     """
 
     makes: ClassVar[Kind] = "mask"
+    version: ClassVar[int] = 2
     pins: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     exact: ClassVar[bool] = False  # Sums of float32 depend on the device and its number of threads.
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers", "safetensors")
     extra: ClassVar[str] = "masks"
     resumable: ClassVar[bool] = True
+    unkeyed: ClassVar[tuple[str, ...]] = ("batch_size", "engine")  # They change no more than how float32 sums round.
     formula: ClassVar[str] = "F = 1/N · Σₙ (∂Lₙ/∂W)²,  Lₙ = cross-entropy of example n"
     source: ClassVar[str] = (
         "Kirkpatrick et al. 2017, arXiv:1612.00796; empirical against true Fisher: Kunstner et al. 2019, "
@@ -77,6 +80,11 @@ class Fisher(Op):
         description="Loss of a sample: the mean over its tokens, under which long samples count less, or their sum, "
         "the log-likelihood of the sample.",
     )
+    estimator: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="What is squared: the gradient of a whole sample (the Fisher), or that of each token by itself, "
+        "summed over tokens: another quantity, smoother with few samples, which leaves out how tokens work together.",
+    )
     targets: Annotated[str, AfterValidator(_targets.pattern)] | None = Field(
         None,
         description="Regular expression searched for in the names of the checkpoint's matrices. By default the seven "
@@ -88,17 +96,94 @@ class Fisher(Op):
         "gradients underflow). Ranks of the Fisher agree to .9999 between bfloat16 and float32.",
     )
     seed: int = Field(0, ge=0, description="Draws the samples and, where they are sampled, the labels.")
+    pt: bool = Field(False, description="Write fisher.pt too, the same tensors as torch.save keeps a dictionary.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="How many samples go through at a time; their gradients are squared one by one all the same. By "
+        "default as many as fit, up to 8, on a GPU, and one on a CPU.",
+    )
+    engine: Literal["auto", "device", "groups", "host", "disk"] = Field(
+        "auto",
+        description="Where the float32 sums are: on the device; on the device for one group of layers after the other; "
+        "in the host's memory; or in files. auto takes the first of these that fits, and says so.",
+    )
 
     def preflight(self, ctx: Context) -> None:
-        """The model's config, and the first row, where they are there already."""
+        """The model's config and tensors, and the first row, where they are there already."""
         if self.model in ctx.inputs:
-            read_config(ctx.path(self.model))
+            self._select(ctx)
         if self.data in ctx.inputs:
             self._rows(ctx, limit=1)
 
     def run(self, ctx: Context) -> Metrics:
-        from hubforge.masks._diagonal import Diagonal
+        import torch
 
+        from hubforge.masks._engine import Run
+        from hubforge.masks._importance import Importance, write_pt
+        from hubforge.masks._losses import Losses
+
+        folder = ctx.path(self.model)
+        shapes, stored, targets = self._select(ctx)
+        ctx.note("left out: " + (some([f"{n} ({count})" for n, count in targets.left_out.items()], 12) or "nothing"))
+        drawn = self._draw(ctx)
+        dtype = self._dtype(stored)
+        plan = self._plan(ctx, dtype, shapes, targets, drawn)
+        model = load_model(folder, device=ctx.device, dtype=dtype, spread=_spread(ctx.device, shapes, dtype))
+        weights = _weights(model, targets.names, shapes, ctx)
+        names = {own: name for name, own in weights.items()}
+        examples = self._with_replies(ctx, model, drawn.examples)
+        known = dict(model.named_parameters())
+        run = Run(
+            model,
+            {own: known[own] for own in names},
+            plan,
+            examples,
+            Losses(self.reduction, self.labels == "sampled", self.seed),
+            device=ctx.device,
+            estimator=self.estimator,
+            folder=ctx.out,
+            progress=lambda done, total, what: ctx.progress(done, total, "sample", what),
+            note=ctx.note,
+        )
+        found = Importance(ctx.out, {name: shapes[name] for name in targets.names}, len(examples), run.identity)
+        began = time.monotonic()
+        try:
+            run.run(lambda own, *sums: found.take(names[own], *sums), {weights[name] for name in found.done})
+            ctx.sha256.update(found.complete())
+        except torch.OutOfMemoryError as error:
+            what = f"{ctx.device} ran out of memory with {plan.batch} samples at a time (engine: {plan.engine})"
+            mend = "Set a smaller `batch_size`, or another `engine`; what is done so far is kept."
+            raise StepError(what, where=ctx.where, mend=mend) from error
+        finally:
+            found.close()
+        seconds = (time.monotonic() - began) / len(examples)
+        layers = found.describe(self._described(), targets.left_out)
+        if self.pt:
+            write_pt(ctx.out)
+        States(ctx.out / "state").drop()
+        (ctx.out / REPLIES).unlink(missing_ok=True)
+        return {
+            "samples": len(examples),
+            "truncated": drawn.truncated,
+            "skipped": drawn.skipped,
+            "tokens": sum(len(example.ids) - example.start for example in examples),
+            "loss": run.loss / len(examples),
+            "reliability": found.reliability(),
+            "parameters": sum(facts["count"] for facts in found.facts.values()),
+            "tensors": len(weights),
+            "dtype": str(dtype).removeprefix("torch."),
+            "engine": plan.engine,
+            "batch_size": plan.batch,
+            "seconds_per_sample": round(seconds, 4),
+            "layers": layers,
+        }
+
+    def _described(self) -> dict[str, Any]:
+        return {"labels": self.labels, "reduction": self.reduction, "estimator": self.estimator}
+
+    def _select(self, ctx: Context) -> tuple[dict[str, tuple[int, ...]], set[str], _targets.Targets]:
+        """Shape of every tensor, the dtypes there are, and what is covered."""
         folder = ctx.path(self.model)
         with open_checkpoint(folder) as checkpoint:
             infos = dict(checkpoint.tensors)
@@ -107,30 +192,7 @@ class Fisher(Op):
         if towers := [name for name in targets.names if _TOWER.search(name)]:
             what = f"targets match {some(towers)}, and no gradient of a text reaches a tower"
             raise StepError(what, where=ctx.where, mend="Narrow `targets`, for example with `language_model`.")
-        drawn = self._draw(ctx)
-        dtype = self._dtype({info.dtype for info in infos.values()})
-        device = self._plan(ctx, dtype, {name: math.prod(shape) for name, shape in shapes.items()}, targets)
-        model = load_model(folder, device=ctx.device, dtype=dtype)
-        parameters = _parameters(model, targets.names, shapes, ctx)
-        diagonal = Diagonal(model, parameters, device, self.seed)
-        tally, seconds = self._accumulate(ctx, model, drawn.examples, diagonal)
-        layers = _write(ctx, diagonal, targets.left_out, self._described())
-        return {
-            "samples": diagonal.examples,
-            "truncated": drawn.truncated,
-            "skipped": drawn.skipped,
-            "tokens": tally["tokens"],
-            "loss": tally["loss"] / diagonal.examples,
-            "reliability": diagonal.reliability(),
-            "parameters": sum(weight.numel() for weight in parameters.values()),
-            "tensors": len(parameters),
-            "dtype": str(dtype).removeprefix("torch."),
-            "seconds_per_sample": seconds,
-            "layers": layers,
-        }
-
-    def _described(self) -> dict[str, Any]:
-        return {"labels": self.labels, "reduction": self.reduction, "estimator": "sequence"}
+        return shapes, {info.dtype for info in infos.values()}, targets
 
     def _rows(self, ctx: Context, limit: int | None = None) -> list[dict[str, Any]]:
         data = ctx.artifact(self.data)
@@ -139,7 +201,7 @@ class Fisher(Op):
 
     def _draw(self, ctx: Context) -> _Drawn:
         """The samples, tokenized and cut."""
-        from hubforge.masks._diagonal import Example
+        from hubforge.masks._losses import Example
 
         tokenizer = load_tokenizer(ctx.path(self.model))
         every = self._rows(ctx)
@@ -173,66 +235,49 @@ class Fisher(Op):
             return torch.float32 if self.dtype == "float32" else torch.bfloat16
         return torch.bfloat16 if "BF16" in stored else torch.float32
 
-    def _plan(self, ctx: Context, dtype: torch.dtype, sizes: Mapping[str, int], targets: _targets.Targets) -> str:
-        """The device of the accumulators; says what will be held where, and raises StepError when it cannot be."""
-        covered = sum(sizes[name] for name in targets.names)
-        weights, sums = sum(sizes.values()) * dtype.itemsize, 4 * covered
-        largest = 4 * max(sizes[name] for name in targets.names)
-        device = ctx.device if ctx.device.startswith("cuda") else "cpu"  # Apple's GPU has no float64 to sum in.
-        if device != "cpu" and weights + sums + 2 * largest > 0.9 * _free(device):
-            device = "cpu"
-        needed = sums + (weights + 2 * largest if device == ctx.device else 0)
-        ctx.note(
-            f"Fisher of {len(targets.names)} tensors, {size(covered, '')} weights: {size(weights)} of weights on "
-            f"{ctx.device}, {size(sums)} of float32 sums on {device}, {size(2 * covered)} to be written; activations "
-            "of one sample come on top"
+    def _plan(
+        self,
+        ctx: Context,
+        dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, ...]],
+        targets: _targets.Targets,
+        drawn: _Drawn,
+    ) -> Plan:
+        """What will be held where; says so, and raises StepError when nothing fits."""
+        config = read_config(ctx.path(self.model))
+        more = self.max_new_tokens if self.labels == "response" else 0
+        lengths = [len(example.ids) + more for example in drawn.examples]
+        stacked = [name for name in targets.names if len(shapes[name]) > 2 or "embed" in name]
+        if self.estimator == "token" and stacked:
+            what = f"estimator: token, but {some(stacked)} is not the weight of a linear layer"
+            raise StepError(what, where=ctx.where, mend="Narrow `targets`, or use estimator: sequence.")
+        # A CPU computes one example as fast as several; off the device, several share the way there.
+        several = _memory.BATCHES if ctx.device.startswith("cuda") or self.engine == "disk" else (1,)
+        work = _memory.work_of(
+            shapes, targets.names, config, lengths, dtype.itemsize, cuts(config), (1,) if stacked else several
         )
-        free = _free(device)
-        if needed > free:
-            what = f"{size(needed)} are needed on {device}, and {size(free)} are free"
-            raise StepError(what, where=ctx.where, mend="Cover fewer layers with `targets`, or take a larger machine.")
-        return device
+        room = _memory.free(ctx.device, ctx.out)
+        written = 2 * sum(work.sums.values()) // 4 * (2 if self.pt else 1)
+        try:
+            plan = _memory.choose(work, room, self.engine, self.batch_size, written)
+        except StepError as error:
+            raise StepError(error.what, where=ctx.where, mend=error.mend) from error
+        ctx.note(_memory.said(work, room, plan, ctx.device))
+        return plan
 
-    def _accumulate(
-        self, ctx: Context, model: PreTrainedModel, examples: list[Example], diagonal: Diagonal
-    ) -> tuple[dict[str, float], float]:
-        """Take in every example, going on from what a killed run saved; what was added up, and seconds per sample."""
-        import torch
-
-        states, tally = States(ctx.out / "state"), {"tokens": 0, "loss": 0.0}
-        if saved := states.newest():
-            facts, tensors = saved
-            with tensors:
-                if diagonal.restore(tensors, facts["examples"]):
-                    tally = facts["tally"]
-                    ctx.note(f"resumed after {diagonal.examples} of {len(examples)} samples")
-        began = last = time.monotonic()
-        first, pause = diagonal.examples, SAVE_EVERY
-        with diagonal:
-            for number in range(first, len(examples)):
-                example = self._with_reply(model, examples[number])
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-                loss = _loss(model, example, self.reduction, generator if self.labels == "sampled" else None, number)
-                diagonal.add(loss)
-                tally["tokens"] += len(example.ids) - example.start
-                tally["loss"] += loss.item()
-                if time.monotonic() - last >= pause:
-                    diagonal.check()
-                    saving = time.monotonic()
-                    states.save(diagonal.examples, {"examples": diagonal.examples, "tally": tally}, diagonal.state())
-                    last = time.monotonic()
-                    pause = max(SAVE_EVERY, (last - saving) / SAVE_SHARE)
-                ctx.progress(diagonal.examples, len(examples), "sample", f"loss {loss.item():.3f}")
-        diagonal.check()
-        seconds = (time.monotonic() - began) / max(len(examples) - first, 1)
-        return tally, round(seconds, 4)
-
-    def _with_reply(self, model: PreTrainedModel, example: Example) -> Example:
-        from hubforge.masks._diagonal import Example, reply
+    def _with_replies(self, ctx: Context, model: PreTrainedModel, examples: list[Example]) -> list[Example]:
+        """For labels: response, each prompt with what the model says to it; kept for a run that goes on."""
+        from hubforge.masks._losses import Example, reply
 
         if self.labels != "response":
-            return example
-        return Example([*example.ids, *reply(model, example.ids, self.max_new_tokens)], len(example.ids))
+            return examples
+        kept = ctx.out / REPLIES
+        said: list[list[int]] = json.loads(kept.read_text()) if kept.is_file() else []
+        for number in range(len(said), len(examples)):
+            said.append(reply(model, examples[number].ids, self.max_new_tokens, ctx.device))
+            ctx.progress(number + 1, len(examples), "reply")
+        write_json(kept, said)
+        return [Example([*e.ids, *new], len(e.ids)) for e, new in zip(examples, said, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -242,24 +287,20 @@ class _Drawn:
     skipped: int
 
 
-def _loss(
-    model: PreTrainedModel, example: Example, reduction: str, generator: torch.Generator | None, number: int
-) -> Tensor:
-    from hubforge.masks._diagonal import example_loss
+def _spread(device: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bool:
+    """Whether the model must be sharded over all GPUs: it does not fit on one, and none was asked for by number."""
+    import torch
 
-    loss = example_loss(model, example, reduction, generator)
-    if not math.isfinite(loss.item()):
-        raise StepError(
-            f"the loss of sample {number + 1} is {loss.item()}",
-            mend="The weights are damaged, or too large for their precision; try `dtype: float32`.",
-        )
-    return loss
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return False
+    weights = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    return bool(weights > 0.7 * torch.cuda.mem_get_info(0)[0])
 
 
-def _parameters(
+def _weights(
     model: nn.Module, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]], ctx: Context
-) -> dict[str, nn.Parameter]:
-    """The model's parameter for each tensor of the checkpoint; StepError where it has another shape or is not there."""
+) -> dict[str, str]:
+    """The model's own name for each tensor of the checkpoint; StepError where it has another shape or is not there."""
     known = dict(model.named_parameters())
     aliases = Aliases(known, "the loaded model")
     found = {}
@@ -269,66 +310,5 @@ def _parameters(
             what = "has no such weight" if own is None else f"has it as {tuple(known[own].shape)}, not {shapes[name]}"
             mend = "It is tied to another, unused, or fused with others on loading; leave it out with `targets`."
             raise StepError(f"{name}: {type(model).__name__} {what}", where=ctx.where, mend=mend)
-        found[name] = known[own]
+        found[name] = own
     return found
-
-
-def _write(ctx: Context, diagonal: Diagonal, left_out: Mapping[str, int], about: Mapping[str, Any]) -> list[Any]:
-    """Write fisher.safetensors and layer_importance.json, and drop the saved states; the layers' sums and means."""
-    import torch
-
-    sums: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    histogram: dict[int, int] = {}
-    total = 0.0
-    for name, tensor in diagonal.sums.items():
-        values = tensor / diagonal.examples
-        amount, layer = float(values.sum(dtype=torch.float64)), layer_of(name)
-        total += amount
-        if layer is not None:
-            sums[layer] = sums.get(layer, 0.0) + amount
-            counts[layer] = counts.get(layer, 0) + values.numel()
-        decades, many = torch.unique(values[values > 0].log10().floor().int(), return_counts=True)
-        for decade, number in zip(decades.tolist(), many.tolist(), strict=True):
-            histogram[decade] = histogram.get(decade, 0) + number
-    number_of_weights = sum(tensor.numel() for tensor in diagonal.sums.values())
-    layers = {
-        layer: {"sum": sums[layer], "mean": sums[layer] / counts[layer], "count": counts[layer]}
-        for layer in sorted(sums)
-    }
-    digests = write_tensors(
-        ctx.out,
-        "fisher",
-        {name: ("BF16", tuple(tensor.shape)) for name, tensor in diagonal.sums.items()},
-        lambda name: (diagonal.sums[name] / diagonal.examples).to(torch.bfloat16),
-    )
-    ctx.sha256.update(digests)
-    write_json(
-        ctx.out / "layer_importance.json",
-        {
-            "layers": {str(layer): facts for layer, facts in layers.items()},
-            "total": {"sum": total, "mean": total / number_of_weights, "count": number_of_weights},
-            "samples": diagonal.examples,
-            **about,
-            # How many weights have a Fisher value in [10^n, 10^(n+1)), by n; the rest is exactly zero.
-            "log10_histogram": {str(decade): histogram[decade] for decade in sorted(histogram)},
-            "left_out": dict(left_out),
-        },
-    )
-    States(ctx.out / "state").drop()
-    return [{"layer": layer, "sum": facts["sum"], "mean": facts["mean"]} for layer, facts in layers.items()]
-
-
-def _free(device: str) -> float:
-    """Bytes that can still be held there; infinity where the system does not tell."""
-    if device.startswith("cuda"):
-        import torch
-
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return math.inf

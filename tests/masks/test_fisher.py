@@ -11,8 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from hubforge.errors import SourceError, StepError
 from hubforge.events import Event, Note, Progress, Warned
+from hubforge.masks import _engine, _memory
 from hubforge.masks import fisher as module
-from hubforge.masks._diagonal import Diagonal, Example, example_loss, reply, spearman
+from hubforge.masks._engine import Run
+from hubforge.masks._halves import reliability, spearman
+from hubforge.masks._losses import Batch, Example, Losses, reply
+from hubforge.masks._memory import Plan
 from hubforge.masks.fisher import Fisher
 from hubforge.models import load_model
 from hubforge.op import Artifact, Context
@@ -53,32 +57,25 @@ def loop(
     return {name: total / len(examples) for name, total in sums.items()}
 
 
-# The loop and we differ by the rounding of our float32 sums alone when both use the same precision. Float32 gradients
-# are themselves inexact: 4e-6 in the Llama, up to 2e-4 in the Gemmas with their random weights, in the plain loop too.
-CASES = [
-    *((name, torch.float32, torch.float32, 1e-6) for name in ("llama", "gemma4", "gemma4_multimodal")),
-    *((name, torch.float64, torch.float64, 1e-6) for name in ("llama", "gemma4", "gemma4_multimodal")),
-    ("llama", torch.float32, torch.float64, 1e-5),
-]
+def fisher(
+    model: torch.nn.Module, weights: dict[str, torch.nn.Parameter], examples: list[Example]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    found: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    run = Run(model, weights, Plan("device", 1, 0, 0, 0), examples, Losses())
+    run.run(lambda name, sums, even, whole: found.update({name: (sums.clone(), even, whole)}))
+    return found
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("name", "dtype", "reference", "tolerance"), CASES)
-def test_it_is_the_mean_of_squared_per_example_gradients(
-    name: str, dtype: torch.dtype, reference: torch.dtype, tolerance: float, reduction: str,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    folder = request.getfixturevalue(f"tiny_{name}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_multimodal_models_text_is_weighed_as_a_text_models(tiny_gemma4_multimodal: Path, dtype: torch.dtype) -> None:
+    """The loop and we differ by the rounding of our float32 sums alone when both use the same precision."""
     examples = [torch.randint(5, 280, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 30, 17)]
-    model = load_model(folder, dtype=dtype)
-    names = [name for name, weight in model.named_parameters() if "_proj.weight" in name and "layers" in name]
-    names = [name for name in names if "tower" not in name]
-    with Diagonal(model, {n: w for n, w in model.named_parameters() if n in names}, "cpu") as diagonal:
-        for ids in examples:
-            diagonal.add(example_loss(model, Example(ids), reduction))
-    for name, expected in loop(folder, examples, names, reduction, reference).items():
-        error = (diagonal.sums[name].double() / len(examples) - expected).abs().max() / expected.max()
-        assert error < tolerance, name
+    model = load_model(tiny_gemma4_multimodal, dtype=dtype)
+    weights = {n: w for n, w in model.named_parameters() if "language_model.layers" in n and "_proj.weight" in n}
+    found = fisher(model, weights, [Example(ids) for ids in examples])
+    for name, expected in loop(tiny_gemma4_multimodal, examples, list(weights), "mean", dtype).items():
+        error = (found[name][0].double() / len(examples) - expected).abs().max() / expected.max()
+        assert error < 1e-6, name
         assert expected.max() > 0, name
 
 
@@ -113,6 +110,7 @@ def test_layer_importance_adds_up(tiny_llama: Path, tmp_path: Path) -> None:
     assert [entry["layer"] for entry in metrics["layers"]] == [0, 1]
     zeros = sum(int((values == 0).sum()) for values in written.values())
     assert sum(facts["log10_histogram"].values()) + zeros == metrics["parameters"]
+    assert facts["zeros"] == zeros
     assert facts["left_out"] == {"lm_head.weight": 1, "model.embed_tokens.weight": 1}
 
 
@@ -130,11 +128,15 @@ class Killed(BaseException):
     pass
 
 
+def killed() -> None:
+    raise Killed
+
+
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", float("inf"))
+    monkeypatch.setattr(_engine, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(_engine, "SAVE_SHARE", float("inf"))
     seen: list[Event] = []
 
     def kill_at_three(event: Event) -> None:
@@ -159,11 +161,16 @@ def test_a_state_of_other_targets_is_not_taken(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "SAVE_EVERY", 0.0)
-        patch.setattr(module, "_write", lambda *_: [])
-        op(targets="mlp").run(context(tmp_path / "out", tiny_llama))
+        patch.setattr(_engine, "SAVE_EVERY", 0.0)
+        patch.setattr(Run, "_hand_over", lambda *_: killed())
+        with pytest.raises(Killed):
+            op(targets="mlp").run(context(tmp_path / "out", tiny_llama))
     assert (tmp_path / "out" / "state").is_dir()
     assert op(targets="self_attn").run(context(tmp_path / "out", tiny_llama))["samples"] == 4
+
+
+def losses(model: object, example: Example, number: int = 0, **how: object) -> torch.Tensor:
+    return Losses(**how).of(model, Batch((example,), (number,)), "cpu")[0]  # type: ignore
 
 
 def test_sampled_labels_follow_the_models_predictions(tiny_llama: Path) -> None:
@@ -173,17 +180,28 @@ def test_sampled_labels_follow_the_models_predictions(tiny_llama: Path) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([example.ids])).logits[0, :-1]
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-        generator = torch.Generator().manual_seed(1)
-        drawn = torch.stack([example_loss(model, example, "mean", generator) for _ in range(100)])
+        drawn = torch.stack([losses(model, example, number, sampled=True) for number in range(100)])
+        text = losses(model, example)
     # 100 draws of 39 labels: the standard error is the spread of the draws' means over 10.
     assert abs(drawn.mean() - entropy) < 4 * drawn.std() / 10
-    assert (example_loss(model, example, "mean") - entropy).abs() > 8 * drawn.std() / 10
+    assert (text - entropy).abs() > 8 * drawn.std() / 10
+
+
+def test_a_batch_draws_the_labels_that_its_examples_draw_alone(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, dtype=torch.float32)
+    batch = Batch((Example([5, 6, 7, 8]), Example([9, 10])), (3, 7))
+    with torch.no_grad():
+        together = Losses(sampled=True, reduction="sum").of(model, batch, "cpu")
+        alone = [
+            losses(model, e, n, sampled=True, reduction="sum") for e, n in zip(batch.examples, (3, 7), strict=True)
+        ]
+    torch.testing.assert_close(together, torch.stack(alone))
 
 
 def test_a_reply_is_what_greedy_decoding_says_and_the_loss_is_on_it_alone(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, dtype=torch.float32)
     prompt = [3, 50, 61, 72]
-    said = reply(model, prompt, 5)
+    said = reply(model, prompt, 5, "cpu")
     ids = list(prompt)
     for token in said:
         logits = model(torch.tensor([ids])).logits[0, -1]
@@ -191,7 +209,7 @@ def test_a_reply_is_what_greedy_decoding_says_and_the_loss_is_on_it_alone(tiny_l
         ids.append(token)
     logits = model(torch.tensor([ids])).logits[0]
     expected = cross_entropy(logits[3:-1], torch.tensor(said))
-    torch.testing.assert_close(example_loss(model, Example(ids, 4), "mean"), expected)
+    torch.testing.assert_close(losses(model, Example(ids, 4)), expected)
 
 
 def test_the_responses_are_weighed(tiny_llama: Path, tmp_path: Path) -> None:
@@ -234,17 +252,14 @@ def test_reliability_is_the_correlation_of_the_halves(tiny_llama: Path) -> None:
     """By hand: a Fisher of the even examples, one of the odd ones, and the correlation of their ranks."""
     model = load_model(tiny_llama, dtype=torch.float32)
     weights = {name: weight for name, weight in model.named_parameters() if "mlp" in name}
-    examples = [torch.randint(5, 280, (12,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5)]
-
-    def fisher(some: list[list[int]]) -> Diagonal:
-        with Diagonal(model, weights, "cpu") as diagonal:
-            for ids in some:
-                diagonal.add(example_loss(model, Example(ids), "mean"))
-        return diagonal
-
-    halves = [torch.cat([t.view(-1) for t in fisher(examples[i::2]).sums.values()]) for i in (0, 1)]
-    assert fisher(examples).reliability() == pytest.approx(spearman(*halves), abs=1e-6)
-    assert fisher(examples[:1]).reliability() is None
+    draw = torch.Generator().manual_seed(0)
+    examples = [Example(torch.randint(5, 280, (12,), generator=draw).tolist()) for _ in range(5)]
+    halves = [
+        torch.cat([sums.view(-1) for sums, *_ in fisher(model, weights, examples[i::2]).values()]) for i in (0, 1)
+    ]
+    even, whole = (torch.cat([parts[at] for parts in fisher(model, weights, examples).values()]) for at in (1, 2))
+    assert reliability(even, whole, 5) == pytest.approx(spearman(*halves), abs=1e-6)
+    assert reliability(even, whole, 1) is None
 
 
 def test_same_halves_are_perfectly_reliable(tiny_llama: Path, tmp_path: Path) -> None:
@@ -252,12 +267,12 @@ def test_same_halves_are_perfectly_reliable(tiny_llama: Path, tmp_path: Path) ->
     assert metrics["reliability"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_weight_that_nothing_depends_on_is_named(tiny_llama: Path) -> None:
+def test_a_weight_that_nothing_depends_on_is_named_after_one_sample(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, dtype=torch.float32)
-    diagonal = Diagonal(model, {"model.unused": torch.nn.Parameter(torch.ones(2, 2))}, "cpu")
-    with diagonal, pytest.raises(StepError, match=r"the Fisher of model\.unused is zero after 1 samples"):
-        diagonal.add(example_loss(model, Example([3, 4, 5]), "mean"))
-        diagonal.check()
+    weights = {"model.layers.1.mlp.up_proj.weight": model.model.layers[1].mlp.up_proj.weight}
+    weights["model.unused"] = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(StepError, match=r"no gradient reaches model\.unused"):
+        fisher(model, weights, [Example([3, 4, 5]), Example([6, 7])])
 
 
 def test_a_tower_is_refused_before_the_model_is_loaded(
@@ -320,7 +335,8 @@ def test_the_preflight_finds_a_missing_column(tiny_llama: Path, tmp_path: Path) 
 def test_too_little_memory_is_said_before_the_model_is_loaded(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_free", lambda device: 1e5)
+    monkeypatch.setattr(_memory, "free", lambda device, folder: _memory.Room(6e8, None, 1e12))
+    monkeypatch.setattr(_memory, "_RESERVE", 575_900_000)
     monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
-    with pytest.raises(StepError, match=r"kB are needed on cpu, and 100 kB are free"):
+    with pytest.raises(StepError, match=r"r.yaml:7: .* of the device's memory are needed .*, and 600 MB are free"):
         op().run(context(tmp_path / "out", tiny_llama))

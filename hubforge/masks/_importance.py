@@ -1,0 +1,137 @@
+"""What a Fisher mask holds: fisher.safetensors, and layer_importance.json with what it adds up to."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubforge.masks._files import TensorWriter, settle, write_json
+from hubforge.masks._halves import reliability
+from hubforge.tensors.layout import lay_out
+from hubforge.tensors.names import layer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BLOCK = 1 << 24  # weights looked at together: their logarithms are in memory then
+_DECADES = 64
+
+
+class Importance:
+    """Writes the mean of each weight as it is handed over, in bfloat16, and remembers what to say of it.
+
+    shapes: of the weights, by their names in the checkpoint. examples: how many the sums are over.
+    plan: how the sums are made, as text: `done` holds the weights a killed run of the same plan left in place.
+    """
+
+    def __init__(self, out: Path, shapes: Mapping[str, tuple[int, ...]], examples: int, plan: str) -> None:
+        self._out, self._examples = out, examples
+        layout = lay_out([(name, "BF16", shape) for name, shape in shapes.items()], stem="fisher")
+        self._order = list(shapes)
+        self._writer = TensorWriter(out / "writing", layout, plan)
+        self.facts: dict[str, dict[str, Any]] = dict(self._writer.done)
+
+    @property
+    def done(self) -> frozenset[str]:
+        return frozenset(self.facts)
+
+    def take(self, name: str, sums: Tensor, even: Tensor, whole: Tensor) -> None:
+        """sums: of one weight, float32. even, whole: of the even and of all examples, where the halves are compared."""
+        import torch
+
+        if name in self.facts:
+            return
+        values = sums / self._examples
+        facts = summary(values) | {"even": _text(even), "whole": _text(whole)}
+        self._writer.put(name, values.to(torch.bfloat16), facts)
+        self.facts[name] = facts
+
+    def complete(self) -> dict[str, str]:
+        """Bring the files to their place; their sha256."""
+        digests = self._writer.complete()
+        settle(self._out / "writing", self._out)
+        return digests
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def reliability(self) -> float | None:
+        import torch
+
+        even, whole = (
+            torch.cat([_values(self.facts[name][half]) for name in self._order]) for half in ("even", "whole")
+        )
+        return reliability(even, whole, self._examples)
+
+    def describe(self, about: Mapping[str, Any], left_out: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Write layer_importance.json; the sum and mean of each layer."""
+        layers: dict[int, dict[str, Any]] = {}
+        decades: dict[str, int] = {}
+        for name in self._order:
+            facts = self.facts[name]
+            for decade, count in facts["decades"].items():
+                decades[decade] = decades.get(decade, 0) + count
+            if (number := layer_of(name)) is not None:
+                layer = layers.setdefault(number, {"sum": 0.0, "mean": 0.0, "count": 0})
+                layer["sum"] += facts["sum"]
+                layer["count"] += facts["count"]
+                layer["mean"] = layer["sum"] / layer["count"]
+        layers = {number: layers[number] for number in sorted(layers)}
+        total, count, zeros = (sum(facts[what] for facts in self.facts.values()) for what in ("sum", "count", "zeros"))
+        unreached = {name: facts["unreached"] for name, facts in self.facts.items() if facts.get("unreached")}
+        write_json(
+            self._out / "layer_importance.json",
+            {
+                "layers": {str(number): facts for number, facts in layers.items()},
+                "total": {"sum": total, "mean": total / count, "count": count},
+                "samples": self._examples,
+                **about,
+                # How many weights have a Fisher value in [10^n, 10^(n+1)), by n; the rest is exactly zero.
+                "log10_histogram": {str(n): decades[n] for n in sorted(decades, key=int)},
+                "zeros": zeros,
+                **({"experts_without_a_token": unreached} if unreached else {}),
+                "left_out": dict(left_out),
+            },
+        )
+        return [{"layer": number, "sum": facts["sum"], "mean": facts["mean"]} for number, facts in layers.items()]
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    """Sum, count, zeros, and how many values there are per power of ten; of stacked experts, how many are all zero."""
+    import torch
+
+    flat = values.view(-1)
+    decades = torch.zeros(2 * _DECADES, dtype=torch.float64, device=flat.device)
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for block in flat.split(_BLOCK):
+        total += block.sum(dtype=torch.float64)
+        # log10 of zero is minus infinity, which falls outside.
+        decades += torch.histc(block.log10(), 2 * _DECADES, -_DECADES, _DECADES)
+    counts = {str(n - _DECADES): int(c) for n, c in enumerate(decades.tolist()) if c}
+    facts = {"sum": total.item(), "count": flat.numel(), "decades": counts}
+    facts["zeros"] = flat.numel() - sum(counts.values())
+    if values.dim() > 2:
+        facts["unreached"] = int((values.flatten(1).amax(1) == 0).sum())
+    return facts
+
+
+def write_pt(out: Path) -> None:
+    """fisher.pt beside fisher.safetensors: a dict of name -> tensor, as torch.save writes it."""
+    import torch
+
+    from hubforge.tensors.reader import open_checkpoint
+
+    with open_checkpoint(out, stem="fisher") as written:
+        torch.save({name: written.read(name) for name in written}, out / "fisher.pt")
+
+
+def _text(values: Tensor) -> str:
+    return base64.b64encode(values.float().cpu().numpy().tobytes()).decode()
+
+
+def _values(text: str) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
