@@ -143,6 +143,7 @@ class Context:
     where: str = ""  # `recipes/x.yaml:41`, for errors
     report: Callable[[Event], None] = lambda event: None
     sha256: dict[str, str] = field(default_factory=dict)  # digests a step took while writing, by path under `out`
+    fused: Mapping[str, Fused] = field(default_factory=dict)  # refs computed in the same pass; not among `inputs`
 
     def artifact(self, ref: Ref) -> Artifact:
         """What that ref points to."""
@@ -178,6 +179,15 @@ class Context:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A TensorOp whose output another takes as it computes it: float32, never rounded, never on the disk."""
+
+    op: TensorOp
+    ctx: Context  # of the step it would be by itself; nothing is written to its `out`
+    metrics: Metrics = field(default_factory=dict)  # filled in by the engine
 
 
 @dataclass(frozen=True)
@@ -253,6 +263,7 @@ class TensorOp(Op):
     extra: ClassVar[str] = "merge"
     computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
     hides: ClassVar[bool] = False  # True: NaN in an input may not reach the output, so the inputs are looked at too
+    unkeyed: ClassVar[tuple[str, ...]] = ("fuse",)  # it changes no byte of this step, only of those that use it
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = PydanticField(
         None, description="Element type of the output; by default each tensor keeps the one it has in the base model."
@@ -261,6 +272,16 @@ class TensorOp(Op):
         "error",
         description="NaN or infinity in what is computed: an error that names the input it comes from, or keep. The "
         "infinities of the base, such as clamp bounds, are always kept.",
+    )
+    rounding: Literal["nearest", "stochastic"] = PydanticField(
+        "nearest",
+        description="How float32 becomes `dtype`: to the nearest value, or at random to the one below or above so that "
+        "the mean is right and small changes survive on average (bfloat16 and float16).",
+    )
+    fuse: bool = PydanticField(
+        True,
+        description="Whether stages that use this one compute it in their own pass over the weights, unrounded; false "
+        "stores it first, rounded, and has them read that.",
     )
     max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
@@ -272,6 +293,10 @@ class TensorOp(Op):
     def whole(self) -> bool:
         """Whether `tensor` needs all rows of a tensor at once (it then takes the memory of the largest)."""
         return False
+
+    def apart(self) -> str:
+        """Why this op can neither be computed in another's pass nor compute its models in its own; "" when it can."""
+        return "" if self.vocabulary() is None else "its models' tokens are matched by their tokenizers' files"
 
     def prepare(self, ctx: Context) -> Any:
         """What the method must know of its inputs besides their tensors; found as `at.known`."""

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import Context, ModelRef, Place, TensorOp
+from hubforge.tensors.inputs import tensor_shapes
 from hubforge.tensors.names import layer_of
-from hubforge.tensors.reader import open_checkpoint
 from hubforge.tensors.schedule import PerModel, Schedule, depth_of, fits, value_at, values_of
 from hubforge.tensors.vocabulary import RowOf, Wanted
 
@@ -100,8 +100,8 @@ class Models(TensorOp):
 
     def prepare(self, ctx: Context) -> int:
         """The number of layers, over which gradients spread."""
-        with open_checkpoint(ctx.inputs[self.base_ref].path) as base:
-            return 1 + max((layer for name in base if (layer := layer_of(name)) is not None), default=0)
+        names = tensor_shapes(ctx, self.base_ref)
+        return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=0)
 
     def value(self, schedule: Any, at: Place) -> float:
         """A parameter's value for the tensor at hand."""

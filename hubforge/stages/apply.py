@@ -93,6 +93,9 @@ class Apply(TensorOp):
     def whole(self) -> bool:
         return self.protect is not None or (self.importance is not None and self.normalize in ("rank", "clip"))
 
+    def apart(self) -> str:
+        return "its leak is measured on what is stored" if self.protect is not None else ""
+
     def prepare(self, ctx: Context) -> Known:
         layers: Mapping[int, float] = {}
         if self.importance is not None and self.layer_damping:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from hubforge.errors import SourceError, StepError
 from hubforge.op import Artifact, Context, Ref, TensorOp
 from hubforge.tensors import dtypes
 from hubforge.tensors.adapter import Adapter, LoraModule, delta, open_adapter
+from hubforge.tensors.desk import Desk
 from hubforge.tensors.names import Aliases, canonical, paired
 from hubforge.tensors.quantised import config_beside, open_model, quantised_by
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
@@ -46,14 +46,15 @@ class Input(Protocol):
 class Weights:
     """The tensors of a model or mask."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], desk: Desk) -> None:
+        self.checkpoint, self.names, self.desk = checkpoint, names, desk
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        return self.checkpoint.read_rows(self.names[name], first, last).float()
+        own = self.names[name]
+        return self.checkpoint.rows_on(self.desk, own, first, last)
 
     def expect(self, name: str, first: int, last: int) -> None:
         self.checkpoint.expect(self.names[name], first, last)
@@ -63,21 +64,23 @@ class Weights:
 
 
 class Deltas:
-    """The deltas of an adapter. Each thread keeps the factors of the module it last used."""
+    """The deltas of an adapter."""
 
-    def __init__(self, adapter: Adapter, modules: Mapping[str, LoraModule]) -> None:
-        self.adapter, self.modules = adapter, modules
-        self._last = threading.local()
+    def __init__(self, adapter: Adapter, modules: Mapping[str, LoraModule], desk: Desk) -> None:
+        self.adapter, self.modules, self.desk = adapter, modules, desk
 
     def __contains__(self, name: object) -> bool:
         return name in self.modules
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        if getattr(self._last, "name", None) != name:
-            self._last.factors = self.adapter.factors(self.modules[name].name)
-            self._last.name = name
-        a, b = self._last.factors
-        return delta(self.modules[name], a, b, first, last)
+        module = self.modules[name]
+
+        def product() -> Tensor:
+            key = (id(self.adapter), module.name)
+            a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name))
+            return delta(module, a, b, first, last)
+
+        return self.desk.found((id(self.adapter), name, first, last), product)
 
     def expect(self, name: str, first: int, last: int) -> None:
         pass
@@ -103,14 +106,11 @@ class Rows(Mapping[str, "Tensor"]):
 
     def __init__(self, inputs: Inputs, present: frozenset[str], name: str, first: int, last: int) -> None:
         self._inputs, self._present, self._where = inputs, present, (name, first, last)
-        self._read: dict[str, Tensor] = {}
 
     def __getitem__(self, ref: str) -> Tensor:
-        if ref not in self._read:
-            if ref not in self._present:
-                raise KeyError(ref)
-            self._read[ref] = self._inputs.by_ref[ref].rows(*self._where)
-        return self._read[ref]
+        if ref not in self._present:
+            raise KeyError(ref)
+        return self._inputs.by_ref[ref].rows(*self._where)
 
     def __contains__(self, ref: object) -> bool:
         return ref in self._present
@@ -120,6 +120,31 @@ class Rows(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._present)
+
+
+class Opened:
+    """Every file of a run, opened once, however many ops of a chain read it. A model's 8-bit floats are values."""
+
+    def __init__(self, stack: ExitStack, desk: Desk) -> None:
+        self.stack, self.desk = stack, desk
+        self._checkpoints: dict[tuple[Path, str], Checkpoint] = {}
+        self._models: dict[Path, Checkpoint] = {}
+        self._adapters: dict[Path, Adapter] = {}
+
+    def checkpoint(self, path: Path, stem: str = "model") -> Checkpoint:
+        if (path, stem) not in self._checkpoints:
+            self._checkpoints[path, stem] = self.stack.enter_context(open_checkpoint(path, stem))
+        return self._checkpoints[path, stem]
+
+    def model(self, path: Path) -> Checkpoint:
+        if path not in self._models:
+            self._models[path] = self.stack.enter_context(open_model(path))
+        return self._models[path]
+
+    def adapter(self, path: Path, name: str) -> Adapter:
+        if path not in self._adapters:
+            self._adapters[path] = self.stack.enter_context(open_adapter(path, name))
+        return self._adapters[path]
 
 
 def refs_of(op: TensorOp) -> list[Ref]:
@@ -133,64 +158,86 @@ def refs_of(op: TensorOp) -> list[Ref]:
     return list(found)
 
 
-def open_inputs(op: TensorOp, ctx: Context, stack: ExitStack) -> Inputs:
+def tensor_shapes(ctx: Context, ref: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model that is an input, from headers alone; of one that is only computed, too."""
+    if ref in ctx.fused:
+        op, inner = ctx.fused[ref].op, ctx.fused[ref].ctx
+        shapes = tensor_shapes(inner, op.base_ref)
+        return {new: shape for name, shape in shapes.items() if (new := op.rename(name)) is not None}
+    with open_checkpoint(ctx.inputs[ref].path) as checkpoint:
+        return {name: info.shape for name, info in checkpoint.tensors.items()}
+
+
+def started_from(ctx: Context, ref: str) -> Artifact:
+    """A model; of one that is only computed, the model that it starts from."""
+    if ref in ctx.fused:
+        return started_from(ctx.fused[ref].ctx, ctx.fused[ref].op.base_ref)
+    return ctx.inputs[ref]
+
+
+def open_inputs(
+    op: TensorOp, ctx: Context, opened: Opened, computed: Mapping[str, Checkpoint], *, inner: bool = False
+) -> Inputs:
     """Open and check every input: shapes equal to the base's, and no tensor that only another model has.
 
+    computed: the models among them that are computed in the same pass. inner: whether this op is one of those itself.
     StepError names the tensor, both shapes and both files.
     """
-    opened = {}
+    held: dict[str, Checkpoint] = {}
     for ref in [Ref(op.base_ref), *refs_of(op)]:
-        if ref not in opened and ctx.artifact(ref).kind == "model":
-            opener = open_model if op.computes else open_checkpoint
-            opened[str(ref)] = stack.enter_context(opener(ctx.path(ref)))
-    vocabulary = _vocabulary(op, ctx, opened, stack)
-    models = {ref: vocabulary.view(ref) for ref in opened} if vocabulary else opened
+        if ref in computed:
+            held[str(ref)] = computed[ref]
+        elif ref not in held and ctx.artifact(ref).kind == "model":
+            held[str(ref)] = opened.model(ctx.path(ref)) if op.computes or inner else opened.checkpoint(ctx.path(ref))
+    vocabulary = _vocabulary(op, ctx, held, opened)
+    models = {ref: vocabulary.view(ref) for ref in held} if vocabulary else held
     base = models[op.base_ref]
-    by_ref: dict[str, Input] = {op.base_ref: Weights(base, {name: name for name in base})}
+    by_ref: dict[str, Input] = {op.base_ref: Weights(base, {name: name for name in base}, opened.desk)}
     for ref in refs_of(op):
         if ref in by_ref:
             continue
-        artifact = ctx.artifact(ref)
-        if artifact.kind == "adapter":
-            adapter = stack.enter_context(open_adapter(artifact.path, str(ref)))
-            by_ref[ref] = Deltas(adapter, adapter.on(base))
-            _warn_of_another_base(adapter, ctx.inputs[op.base_ref], ctx)
+        is_model = ref in models
+        if not is_model and ctx.artifact(ref).kind == "adapter":
+            adapter = opened.adapter(ctx.path(ref), str(ref))
+            by_ref[ref] = Deltas(adapter, adapter.on(base), opened.desk)
+            _warn_of_another_base(adapter, started_from(ctx, op.base_ref), ctx)
             continue
-        is_model = artifact.kind == "model"
-        other = models[ref] if is_model else stack.enter_context(open_checkpoint(artifact.path, "fisher"))
+        other = models[ref] if is_model else opened.checkpoint(ctx.path(ref), "fisher")
         names = dict(paired(base, Aliases(other, str(other.path))))
         if is_model:
-            tied = _tied_heads(base, other, names, artifact.path)
+            tied = _tied_heads(base, other, names, started_from(ctx, ref).path)
             names |= tied
             if getattr(op, "missing", "base") == "error":
-                only = sorted(set(other) - set(names.values()) - _copies_of_embeddings(base, other, names))
+                only = set(other) - set(names.values())
+                only -= set() if ref in computed else _copies_of_embeddings(base, other, names)
                 if only:
-                    raise _only_in(only, ref, other, base, ctx)
+                    lacks = op.base_ref if op.base_ref in computed else str(base.path)
+                    raise _only_in(sorted(only), ref, other, lacks, ctx)
         for name, own in names.items():
             _check_same_shape(name, base, own, other, ctx)
-        by_ref[ref] = Weights(other, names)
+        by_ref[ref] = Weights(other, names, opened.desk)
     return Inputs(base, by_ref, vocabulary)
 
 
-def _vocabulary(op: TensorOp, ctx: Context, opened: Mapping[str, Checkpoint], stack: ExitStack) -> Vocabulary | None:
+def _vocabulary(op: TensorOp, ctx: Context, models: Mapping[str, Checkpoint], opened: Opened) -> Vocabulary | None:
     """The common vocabulary that the op asks for."""
     wanted = op.vocabulary()
     if wanted is None:
-        _warn_of_other_tokens(op, ctx, opened)
+        _warn_of_other_tokens(op, ctx, models)
         return None
     lenders = {row.model for row in wanted.tokens.values() if row.model}
     lenders |= {wanted.source} - {"base", "union"}
     others = {
-        ref: Held(read_tokens(ctx.inputs[ref].path, ref), stack.enter_context(open_model(ctx.inputs[ref].path)))
-        for ref in sorted(lenders - set(opened))
+        ref: Held(read_tokens(ctx.inputs[ref].path, ref), opened.model(ctx.inputs[ref].path))
+        for ref in sorted(lenders - set(models))
     }
-    models = {ref: Held(read_tokens(ctx.inputs[ref].path, ref), held) for ref, held in opened.items()}
-    return Vocabulary(wanted, models, others)
+    merged = {ref: Held(read_tokens(ctx.inputs[ref].path, ref), held) for ref, held in models.items()}
+    return Vocabulary(wanted, merged, others)
 
 
-def _only_in(names: list[str], ref: str, other: Checkpoint, base: Checkpoint, ctx: Context) -> StepError:
+def _only_in(names: list[str], ref: str, other: Checkpoint, lacks: str, ctx: Context) -> StepError:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    what = f"{ref} has tensor {names[0]}{more}, which {base.path} lacks"
+    what = f"{ref} has tensor {names[0]}{more}, which {lacks} lacks"
     mend = f"`missing: base` leaves out what only {ref} has ({other.path})."
     return StepError(what, where=ctx.where, mend=mend)
 
@@ -217,9 +264,9 @@ def _warn_of_another_base(adapter: Adapter, base: Artifact, ctx: Context) -> Non
 
 def _warn_of_other_tokens(op: TensorOp, ctx: Context, refs: Iterable[str]) -> None:
     """Where rows are merged as they are, say which models number their tokens otherwise than the base."""
-    base = ctx.inputs[op.base_ref].path / TOKENIZER
+    base = started_from(ctx, op.base_ref).path / TOKENIZER
     for ref in refs:
-        other = ctx.inputs[ref].path / TOKENIZER
+        other = started_from(ctx, ref).path / TOKENIZER
         if not base.is_file() or not other.is_file() or other.read_bytes() == base.read_bytes():
             continue
         try:

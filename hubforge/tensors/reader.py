@@ -22,6 +22,8 @@ from hubforge.tensors import dtypes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hubforge.tensors.desk import Desk
+
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _READ = 1 << 30  # bytes asked of the kernel at once; Linux returns at most 2 GiB
 
@@ -232,6 +234,10 @@ class Checkpoint:
         data = torch.empty((last - first) * row, dtype=torch.uint8)
         self._fill(memoryview(data.numpy()), info, info.start + first * row)
         return data
+
+    def rows_on(self, desk: Desk, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last), float32 on the desk's device."""
+        return desk.read((id(self), name, first, last), lambda: self.read_rows(name, first, last))
 
     def expect(self, name: str, first: int, last: int) -> None:
         """Ask the kernel to have rows [first, last) in memory soon."""

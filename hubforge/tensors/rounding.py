@@ -1,4 +1,4 @@
-"""What rounding to the output's dtype does to a merge: how much of the intended change survives, and NaN or infinity.
+"""Rounding to the output's dtype: to the nearest value or at random, and what it does to a merge.
 
 bfloat16 keeps 8 bits: a change much smaller than its weight is rounded away. The *effective gain* of a tensor is
 <rounded - W, merged - W> / <merged - W, merged - W>: 1 when the whole change survives, 0 when none does.
@@ -10,17 +10,51 @@ from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from hubforge.tensors.random import uniform
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 LOW = 0.9  # below this the merge is not the one that was asked for
 
 
+def round_to(rows: Tensor, kind: dtype, how: str, seed: int, name: str, first: int) -> Tensor:
+    """Some rows of a tensor in another float type. how: nearest (half to even), or stochastic.
+
+    Stochastic: the value below or above, each as likely as the other is near, so that the mean is the value itself;
+    what the type holds exactly stays. The random numbers belong to the seed, the tensor's name and the element's place
+    (`first` is that of the first element), so neither blocks nor threads show. Source: Gupta et al. 2015,
+    arXiv:1502.02551; Zamirai et al. 2020, arXiv:2010.06192 (bfloat16).
+    """
+    import torch
+
+    if how == "nearest" or kind not in (torch.bfloat16, torch.float16) or rows.dtype == kind:
+        return rows.to(kind)
+    values = rows.float().contiguous()
+    drawn = uniform(seed, ("rounding", name), first, values.numel()).to(values.device).view(values.shape)
+    # A float32 whose last bits are cut off goes towards zero by less than one step; a random share of a step is added
+    # to its magnitude first. Infinities and NaN have no neighbours.
+    bits = 16 if kind == torch.bfloat16 else 13
+    whole = values.view(torch.int32)
+    lifted = (whole + (drawn * (1 << bits)).int()) & -(1 << bits)
+    rounded = lifted.view(torch.float32)
+    if kind == torch.float16:  # Below its normal range all steps are 2^-24.
+        steps = (values.abs() * 2.0**24 + drawn).floor() * 2.0**-24
+        rounded = rounded.where(values.abs() >= 2.0**-14, steps.copysign(values))
+    return rounded.where(torch.isfinite(values), values).to(kind)
+
+
 def gain_sums(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, float]:
-    """(<rounded - W, merged - W>, <merged - W, merged - W>) of some rows, all float32."""
+    """(<rounded - W, merged - W>, <merged - W, merged - W>) of some rows."""
+    import torch
+
     intended = (merged - base).flatten()
-    kept = (rounded - base).flatten()
-    return float(kept.dot(intended)), float(intended.dot(intended))
+    if rounded.dtype == torch.float32:
+        square = float(intended.dot(intended))
+        return square, square
+    error = rounded.float().sub_(merged).flatten()
+    sums = torch.stack([intended.dot(error), intended.dot(intended)]).tolist()
+    return sums[0] + sums[1], sums[1]
 
 
 def gain_metrics(sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

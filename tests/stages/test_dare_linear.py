@@ -7,7 +7,7 @@ import torch
 
 from hubforge.stages.dare_linear import DareLinear
 from hubforge.stages.task_arithmetic import TaskArithmetic
-from hubforge.tensors import engine
+from hubforge.tensors import targets
 from hubforge.tensors.random import uniform
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -77,7 +77,7 @@ def test_neither_threads_nor_shards_nor_blocks_nor_names_matter(
     tensors = {ref: {f"model.layers.{i}.w": family[ref] + i for i in range(3)} for ref in "mab"}
     digests = []
     for shards, threads, block, (m, a, b) in [(1, 1, 1 << 19, "mab"), (3, 2, 480, "xyz")]:
-        monkeypatch.setattr(engine, "BLOCK", block)
+        monkeypatch.setattr(targets, "BLOCK", block)
         folders = [checkpoint_folder(f"{ref}{shards}", tensors[ref], shards=shards) for ref in "mab"]
         ctx = context(
             f"out{shards}", **{ref: ("model", folder) for ref, folder in zip((m, a, b), folders, strict=True)}

@@ -16,7 +16,7 @@ from hubforge.errors import SourceError, StepError, StoreError
 from hubforge.events import Progress, Warned
 from hubforge.op import ModelRef, Place, TensorOp
 from hubforge.stages.apply import Apply
-from hubforge.tensors import engine
+from hubforge.tensors import targets
 from hubforge.tensors.reader import open_checkpoint
 from hubforge.tensors.writer import JOURNAL
 
@@ -78,8 +78,8 @@ def digests(folder):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 64 elements, so that toy tensors have many."""
-    monkeypatch.setattr(engine, "BLOCK", 64)
-    monkeypatch.setattr(engine, "PIECE", 3)
+    monkeypatch.setattr(targets, "BLOCK", 64)
+    monkeypatch.setattr(targets, "PIECE", 3)
 
 
 def numbers(seed, *shape):
@@ -217,9 +217,9 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     import torch
     from hubforge.op import Artifact, Context, ModelRef, TensorOp
-    from hubforge.tensors import engine
+    from hubforge.tensors import engine, targets
 
-    engine.BLOCK, engine.PIECE = 64, 3
+    targets.BLOCK, targets.PIECE = 64, 3
     calls = []
 
     class Centred(TensorOp):

@@ -1,0 +1,91 @@
+"""The work of a merge, from headers alone: every tensor of the output, its blocks, and the jobs in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hubforge.tensors.chain import Link, Measure
+from hubforge.tensors.layout import GB, Layout, Slot, lay_out
+from hubforge.tensors.reader import Checkpoint, TensorInfo
+from hubforge.tensors.writer import Piece, piece_of
+
+BLOCK = 1 << 18  # elements computed at once: 1 MB of float32, which stays in the cache of a core
+PIECE = 32  # blocks written and journalled together
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the output: where to, in which blocks, and what must be measured of it first."""
+
+    slot: Slot
+    copied: bool
+    leaf: tuple[Checkpoint, str]  # the file's tensor that it starts from
+    blocks: tuple[tuple[int, int], ...]  # rows [first, last)
+    measures: Sequence[Sequence[Measure]]  # pass by pass
+    inputs: int  # tensors from files that have part in it
+
+    @property
+    def name(self) -> str:
+        return self.slot.name
+
+    @property
+    def elements(self) -> int:
+        return self.leaf[0].info(self.leaf[1]).elements
+
+    @property
+    def passes(self) -> int:
+        """How often its inputs are gone over, the writing included."""
+        return len(self.measures) + 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing for a thread to do: blocks [first, last) of a target, measured, or written as a piece."""
+
+    target: Target
+    first: int
+    last: int
+    piece: Piece | None  # None: measure
+    turn: int = 0  # which pass
+
+
+def plan_targets(link: Link) -> tuple[list[Target], Layout]:
+    """Every tensor of the output and its place."""
+    infos = {name: output.info for name, output in link.outputs.items()}
+    layout = lay_out(((name, i.dtype, i.shape) for name, i in infos.items()), int(link.op.max_shard_size * GB))
+    targets = []
+    for name, slot in layout.slots.items():
+        info, copied = infos[name], link.copied(name)
+        blocks = _blocks(info, info.rows if not copied and link.whole(name) else None)
+        measures = [] if copied else link.measures(name)
+        targets.append(Target(slot, copied, link.leaf(name), blocks, measures, len(list(link.files(name)))))
+    return targets, layout
+
+
+def _blocks(info: TensorInfo, rows: int | None) -> tuple[tuple[int, int], ...]:
+    """Runs of `rows` rows; by default as many as make a block, and never less than one. A vector is not cut."""
+    if info.elements == 0:
+        return ()
+    if len(info.shape) < 2:  # A vector is one row to methods that work row by row.
+        return ((0, info.rows),)
+    step = rows or max(1, BLOCK * info.rows // info.elements)
+    return tuple((first, min(first + step, info.rows)) for first in range(0, info.rows, step))
+
+
+def plan_jobs(targets: Sequence[Target]) -> list[Job]:
+    """The work, written in the order of the output's bytes; measuring a tensor stands before writing it.
+
+    Each pass over a tensor is followed by the pass before it over the next tensor, so that a thread finds something
+    to do while another finishes a pass.
+    """
+    longest = max((len(target.measures) for target in targets), default=0)
+    jobs: list[tuple[int, Job]] = []
+    for place, target in enumerate(targets):
+        runs = [(first, min(first + PIECE, len(target.blocks))) for first in range(0, len(target.blocks), PIECE)]
+        early = place + longest - len(target.measures)
+        jobs += [(early + turn, Job(target, *run, None, turn)) for turn in range(len(target.measures)) for run in runs]
+        for number, (first, last) in enumerate(runs):
+            piece = piece_of(target.slot, number, target.blocks[first][0], target.blocks[last - 1][1])
+            jobs.append((place + longest, Job(target, first, last, piece, len(target.measures))))
+    return [job for _, job in sorted(jobs, key=lambda timed: timed[0])]
