@@ -96,6 +96,7 @@ def on_gpu(given: argparse.Namespace) -> None:
     rate = matmul_rate(device, 256 if given.small else 8192)
     print(f"bfloat16 matmul: {rate / 1e12:.3g} TFLOP/s", flush=True)
     squares(device, given.small)
+    exactness(device)
     for name in given.models:
         one_model(name, given, device, rate)
     print(f"all of it took {time.monotonic() - began:.1f} s")
@@ -155,7 +156,28 @@ def squares(device: str, small: bool) -> None:
             print(f"  {text}: {str(error).splitlines()[0][:100]}", flush=True)
 
 
-def build(name: str, device: str, small: bool) -> Any:
+def exactness(device: str) -> None:
+    """Every engine on a tiny Gemma 4, against one example at a time in the same precision, summed in float64.
+
+    In float32 the model's own gradients depend on how many examples go through together; in float64 what is left is
+    the rounding of the float32 sums.
+    """
+    draw = torch.Generator().manual_seed(2)
+    examples = [Example(torch.randint(5, 300, (n,), generator=draw).tolist()) for n in (9, 21, 14, 30, 5)]
+    print("largest error, of the largest value of its tensor, on a tiny Gemma 4 in float32 and in float64")
+    models = [build("31B", device, True, dtype) for dtype in (torch.float32, torch.float64)]
+    for engine in ("device", "host", "disk", "groups"):
+        for batch in (1, 3):
+            groups = ((6, 12), (2, 6), (0, 2)) if engine == "groups" else ()
+            plan, worst = Plan(engine, batch, 0, 0, 0, groups), []
+            for model in models:
+                shapes = {own: tuple(weight.shape) for own, weight in model.named_parameters()}
+                covered = _targets.select(shapes, model.config.to_dict()).names
+                worst.append(max(line[1] for line in differences(model, covered, plan, examples, device)))
+            print(f"  {engine}, {batch} at a time: {worst[0]:.1e} {worst[1]:.1e}", flush=True)
+
+
+def build(name: str, device: str, small: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     fields = (TINY if small else GEMMA)[name]
@@ -171,7 +193,7 @@ def build(name: str, device: str, small: bool) -> Any:
         **fields,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             model = Gemma4ForCausalLM(config).eval()
@@ -254,8 +276,20 @@ def timed(
 
 def compare(model: Any, covered: tuple[str, ...], plan: Plan, examples: list[Example], device: str) -> None:
     """The same engine on a few weights and examples against one example at a time, summed in float64."""
-    some = [covered[0], covered[len(covered) // 2], covered[-1]]
-    weights = {own: weight for own, weight in model.named_parameters() if own in some}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    some = (covered[0], covered[len(covered) // 2], covered[-1])
+    try:
+        for own, worst, mean, whole in differences(model, some, plan, examples, device):
+            print(f"  {own}: largest error {worst:.1e} of the largest value, mean {mean:.1e}, of the sum {whole:+.1e}")
+    except torch.OutOfMemoryError:
+        print("  not compared: one example with all layers' activations does not fit beside the weights")
+
+
+def differences(
+    model: Any, names: tuple[str, ...], plan: Plan, examples: list[Example], device: str
+) -> list[tuple[str, float, float, float]]:
+    weights = {own: weight for own, weight in model.named_parameters() if own in names}
     found: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory(prefix="bench-fisher-") as folder:
         run = Run(model, weights, plan, examples, Losses(), device=device, folder=Path(folder))
@@ -270,11 +304,12 @@ def compare(model: Any, covered: tuple[str, ...], plan: Plan, examples: list[Exa
             expected[own] += weight.grad.to("cpu", torch.float64) ** 2
             weight.grad = None
     model.requires_grad_(False)
+    lines = []
     for own, truth in expected.items():
-        worst = ((found[own] - truth).abs().max() / truth.max()).item()
-        whole = (found[own].sum() / truth.sum() - 1).item()
-        middle = ((found[own] - truth).abs().mean() / truth.mean()).item()
-        print(f"  {own}: largest error {worst:.1e} of the largest value, mean {middle:.1e}, of the sum {whole:+.1e}")
+        apart = (found[own] - truth).abs()
+        errors = (apart.max() / truth.max(), apart.mean() / truth.mean(), found[own].sum() / truth.sum() - 1)
+        lines.append((own, *(error.item() for error in errors)))
+    return lines
 
 
 # --- ratios on a CPU
