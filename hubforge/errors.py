@@ -14,7 +14,10 @@ HubforgeError            1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 class HubforgeError(Exception):
@@ -23,12 +26,20 @@ class HubforgeError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.mend = _plain(what), _plain(where), _plain(mend)
         super().__init__(str(self))
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  {self.mend}" if self.mend else head
+
+
+def _plain(text: str) -> str:
+    """The text without what moves a terminal's cursor, rings or recolours: names and messages come from strangers.
+
+    Control and format characters (Unicode Cc, Cf: ANSI sequences, right-to-left overrides) are written as escapes.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class RecipeError(HubforgeError):

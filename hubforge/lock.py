@@ -22,14 +22,18 @@ def read_lock(recipe: Path) -> dict[str, Any] | None:
     """The lock beside a recipe, or None. Raises LockError when it is not a lock."""
     path = lock_path(recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise LockError(f"cannot be read: {error.strerror}", where=str(path)) from error
     try:
-        lock = json.loads(text)
+        lock = json.loads(raw)
         if not isinstance(lock, dict) or lock.get("version") != 1 or not isinstance(lock.get("sources"), dict):
             raise ValueError("it is not a lock of version 1")
-    except ValueError as error:
+        if not isinstance(lock.get("packages", {}), dict):
+            raise ValueError("its packages are no mapping of names to versions")
+    except (ValueError, RecursionError) as error:
         raise LockError(str(error), where=str(path), mend=f"`hubforge lock {recipe}` writes it anew.") from error
     return lock
 
@@ -42,7 +46,7 @@ def resolve_locked(name: str, spec: SourceSpec, lock: dict[str, Any] | None, rec
         what = "there is no lock yet" if lock is None else f"the lock has no source {name!r}"
         raise LockError(what, where=where or str(lock_path(recipe)), mend=mend)
     asked = spec.model_dump(exclude_none=True, exclude={"license"})
-    if entry.get("asked") != asked:
+    if not isinstance(entry, dict) or entry.get("asked") != asked:
         raise LockError(f"source {name!r} was changed after it was locked", where=where, mend=mend)
     try:
         commit, files = entry["commit"], tuple(LockedFile(**file) for file in entry["files"])
@@ -129,6 +133,8 @@ class hub_errors:
             what, mend = "is not here, and the Hub is not reachable", "Run once without --offline."
         elif isinstance(error, (hub.HfHubHTTPError, OSError)) or type(error).__module__.startswith("httpx"):
             what = f"could not be read from the Hub ({type(error).__name__})"
+        elif isinstance(error, (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)):
+            what = f"could not be read: the Hub's answer is not one ({type(error).__name__})"
         else:
             return
         raise SourceError(f"{self.what}: {self.repo} {what}", where=self.where, mend=mend) from error

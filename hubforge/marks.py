@@ -16,7 +16,7 @@ import yaml
 
 from hubforge.errors import RecipeError
 
-MAX_BYTES = 1 << 20  # a recipe is a page or two; a megabyte of YAML is an accident or an attack
+MAX_BYTES = 1 << 18  # a recipe is a page or two; a quarter of a megabyte of YAML is an accident or an attack
 MAX_NODES = 50_000  # after aliases are followed: bounds the "billion laughs"
 MAX_DEPTH = 40
 
@@ -83,8 +83,9 @@ def read(path: Path, *, shown_as: str | None = None) -> Marked:
 def parse(text: str, file: str) -> Marked:
     """The YAML mapping in that text."""
     marked = Marked(file, text)
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             marked.data = _build(node, (), marked, loader, depth=0, budget=[MAX_NODES], above=())
@@ -99,7 +100,8 @@ def parse(text: str, file: str) -> Marked:
     except RecursionError:
         marked.errors.append(RecipeError(f"is nested more than {MAX_DEPTH} deep", where=file))
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return marked
 
 

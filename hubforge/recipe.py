@@ -153,7 +153,7 @@ class _Loader:
 
     def finish(self) -> None:
         if self.errors:
-            raise RecipeErrors(sorted(self.errors, key=lambda error: int(error.where.rpartition(":")[2] or 0)))
+            raise RecipeErrors(sorted(self.errors, key=_line))
 
     def plain(self, key: str, kind: type) -> Any:
         value = self.marked.data.get(key)
@@ -409,6 +409,12 @@ def _closest(word: str, known: Any) -> str:
     if close := get_close_matches(str(word), known, n=1):
         return f"Did you mean {close[0]!r}?"
     return f"There are: {', '.join(known)}." if 0 < len(known) <= 20 else ""
+
+
+def _line(error: RecipeError) -> int:
+    """The line of `recipes/x.yaml:41`; 0 for what is wrong with the whole file."""
+    line = error.where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

@@ -7,6 +7,7 @@ import difflib
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     except json.JSONDecodeError as error:
         line = f"line {number}: " if suffix in (".jsonl", ".ndjson") else ""
         raise SourceError(f"{line}not JSON: {error}", where=str(path)) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise SourceError(f"the file cannot be read: {error}", where=str(path)) from error
 
 

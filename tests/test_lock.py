@@ -8,7 +8,7 @@ from hubforge import plan as plans
 from hubforge import recipe
 from hubforge.errors import LockError, SourceError
 from hubforge.events import Progress
-from hubforge.lock import fetch, lock_path
+from hubforge.lock import fetch, lock_path, read_lock
 from hubforge.op import Hub, Settings
 from hubforge.reporters import Quiet
 from hubforge.session import Session
@@ -153,3 +153,15 @@ def test_the_lock_of_another_recipe_is_stale(session):
     session.recipe.path.write_text(TEXT.replace("team/base", "team/other"))
     with pytest.raises(LockError, match="was changed after it was locked"):
         plans.make(recipe.load(session.recipe.path), session.store)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff\xfe", b"[" * 100_000, b'{"version": 1, "sources": {}, "packages": 3}'],
+    ids=["bytes", "deep", "packages"],
+)
+def test_a_file_that_is_no_lock_is_said_so(tmp_path, text):
+    recipe = tmp_path / "x.yaml"
+    lock_path(recipe).write_bytes(text)
+    with pytest.raises(LockError, match="hubforge lock"):
+        read_lock(recipe)

@@ -6,13 +6,14 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, FileSystemLoader, StrictUndefined, TemplateError, TemplateNotFound
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hubforge.cards import components, frontmatter, making, markdown, masks, numbers, provenance, quants, results, usage
+from hubforge.cards.bounds import BoundedEnvironment, bounded
 from hubforge.cards.licenses import bearing_licenses, check_license, inherited_license
 from hubforge.cards.lineage import Lineage, find_target
 from hubforge.cards.pictures import results_picture
@@ -35,7 +36,9 @@ def render(
     """
     lineage = Lineage(release, find_target(release, target))
     pictures = draw(lineage)
-    page = _page(lineage, pictures, siblings, _environment(templates))
+    # Our own templates are known to end, and a limit on memory is one for the whole process.
+    with nullcontext() if templates is None else bounded():
+        page = _page(lineage, pictures, siblings, _environment(templates))
     return {README: page.encode(errors="replace"), **{path: drawn.encode() for path, drawn in sorted(pictures.items())}}
 
 
@@ -62,11 +65,11 @@ def draw(lineage: Lineage) -> dict[str, str]:
     return {path: drawn for path, drawn in pictures.items() if drawn}
 
 
-def _environment(templates: Path | None) -> ImmutableSandboxedEnvironment:
+def _environment(templates: Path | None) -> BoundedEnvironment:
     if templates is not None and not templates.is_dir():
         raise HubforgeError(f"the folder of card templates {str(templates)!r} does not exist", where=str(templates))
     folders = [folder for folder in (templates, templates_folder()) if folder is not None]
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         loader=ChoiceLoader([FileSystemLoader(folder) for folder in folders]),
         undefined=StrictUndefined,
         autoescape=False,  # the output is Markdown; the filters below make strings safe for it
@@ -104,7 +107,7 @@ def _python_string(value: object) -> str:
 
 
 def _page(
-    lineage: Lineage, pictures: dict[str, str], siblings: Sequence[Release], environment: ImmutableSandboxedEnvironment
+    lineage: Lineage, pictures: dict[str, str], siblings: Sequence[Release], environment: BoundedEnvironment
 ) -> str:
     kind = lineage.target.kind
     names = _context(lineage, pictures, siblings)
@@ -149,7 +152,7 @@ def _sections(templates: Sequence[str], kind: str) -> list[tuple[str, str]]:
     return [(key.split("-", 1)[1], found[key]) for key in sorted(found)]
 
 
-def _render(environment: ImmutableSandboxedEnvironment, name: str, names: dict[str, Any]) -> str:
+def _render(environment: BoundedEnvironment, name: str, names: dict[str, Any]) -> str:
     """One template rendered; whatever goes wrong in it becomes an error naming the template and the line."""
     try:
         return environment.get_template(name).render(names)
@@ -168,8 +171,9 @@ def _render(environment: ImmutableSandboxedEnvironment, name: str, names: dict[s
 
 
 def _template_error(error: Exception, path: str, line: int | None) -> HubforgeError:
+    said = "it takes too much memory" if isinstance(error, MemoryError) else " ".join(str(error).split())[:500]
     return HubforgeError(
-        f"the card template cannot be rendered: {error}",
+        f"the card template cannot be rendered: {said}",
         where=f"{path}:{line}" if line else path,
         mend="docs/cards.md lists what a template may use.",
     )

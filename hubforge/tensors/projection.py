@@ -229,9 +229,9 @@ def orthonormal(basis: Tensor, name: str, path: Path) -> Tensor:
 def _unchanged(path: Path) -> Collection[str]:
     """The matrices in which instruct and pretrained are equal, as subspace.json lists them."""
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["unchanged"]
+        named = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["unchanged"]]
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(f"subspace.json does not list `unchanged`: {error!r}", where=str(path)) from error
-    return [str(name) for name in named]
+    return named

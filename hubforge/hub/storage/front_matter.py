@@ -60,8 +60,9 @@ def read_card(text: str) -> Card:
     block = match.group(1)
     if len(block) > _MAX_BLOCK:
         raise BadFrontMatter(f"the YAML block is larger than {_MAX_BLOCK >> 10} KiB")
-    loader = _Loader(block)
+    loader = None
     try:
+        loader = _Loader(block)
         data = loader.get_single_data()
         _count(data)
         plain = _plain(data)
@@ -72,7 +73,8 @@ def read_card(text: str) -> Card:
     except (RecursionError, OverflowError, ValueError, TypeError) as error:
         raise BadFrontMatter(str(error) or type(error).__name__) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if plain is None:
         return Card({}, text[match.end() :], has_block=True)
     if not isinstance(plain, dict):
