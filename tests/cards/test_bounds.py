@@ -26,7 +26,8 @@ def attempt(release, folder, text):
     ids=["loop", "text", "width", "power", "python"],
 )
 def test_a_template_that_asks_for_too_much_is_stopped(rich_release, tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr(bounds, "SECONDS", 0.2)
+    if "longer" in said:
+        monkeypatch.setattr(bounds, "SECONDS", 0.2)
     with pytest.raises(HubforgeError, match=said) as caught:
         attempt(rich_release, tmp_path / "mine", text)
     assert "99-mine.md.j2:1" in caught.value.where
