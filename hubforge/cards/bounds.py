@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 3.0  # a card takes milliseconds
+SECONDS = 3.0  # of processor time; a card takes milliseconds
 MEMORY = 256 << 20  # bytes beyond what the process has; a card is some kilobytes
 _BITS = 1 << 14  # of a whole number
 
@@ -43,20 +44,23 @@ class TooLong(Exception):
 def bounded() -> Iterator[None]:
     """Stop what happens in this block after SECONDS, by `TooLong`; and give it no more than MEMORY, by MemoryError.
 
-    The time is kept in any thread, between two steps of the interpreter. Memory is bounded on Linux, for the whole
+    The time is the processor's, and is kept between two steps of the interpreter. Memory is bounded on Linux, for the whole
     process: other threads share it as long as the block lasts.
     """
     thread, guard, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
-    def ring() -> None:
-        with guard:
-            if not over.is_set():
-                raise_in(thread, ctypes.py_object(TooLong))
+    until = time.process_time() + SECONDS
 
-    timer = threading.Timer(SECONDS, ring)
-    timer.daemon = True
-    timer.start()
+    def watch() -> None:
+        while not over.wait(0.02):
+            if time.process_time() > until:
+                with guard:
+                    if not over.is_set():
+                        raise_in(thread, ctypes.py_object(TooLong))
+                return
+
+    threading.Thread(target=watch, name="template-watch", daemon=True).start()
     try:
         with _little_memory():
             yield
@@ -64,7 +68,6 @@ def bounded() -> Iterator[None]:
         with guard:
             over.set()
             raise_in(thread, None)  # one that was sent and has not arrived
-        timer.cancel()
 
 
 @contextmanager
