@@ -44,8 +44,8 @@ class TooLong(Exception):
 def bounded() -> Iterator[None]:
     """Stop what happens in this block after SECONDS, by `TooLong`; and give it no more than MEMORY, by MemoryError.
 
-    The time is the processor's, and is kept between two steps of the interpreter. Memory is bounded on Linux, for the whole
-    process: other threads share it as long as the block lasts.
+    The time is the processor's, and is kept between two steps of the interpreter. Memory is bounded on Linux, for the
+    whole process: other threads share it as long as the block lasts.
     """
     thread, guard, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
