@@ -290,6 +290,11 @@ class TensorOp(Op):
         """The model whose tensors, config and tokenizer the output has."""
         return str(getattr(self, "model"))  # noqa: B009 - a field of the subclass
 
+    @property
+    def mask_stem(self) -> str:
+        """Which of a mask's files is an input: `fisher`, or the `gate` that lies beside it in a published folder."""
+        return "fisher"
+
     def whole(self) -> bool:
         """Whether `tensor` needs all rows of a tensor at once (it then takes the memory of the largest)."""
         return False

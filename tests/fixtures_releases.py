@@ -58,7 +58,7 @@ def rich_release() -> Release:
                 kind="mask",
                 repo="me/gemma-4-masks",
                 folder="g4-e4b-it",
-                entries=("masks.importance", "masks.core"),
+                entries=("masks.importance", "masks.core", "masks.gate"),
                 files=pushed("masks.", ran, "g4-e4b-it"),
             ),
             TargetRecord(

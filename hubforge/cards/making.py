@@ -110,6 +110,10 @@ def _value(lineage: Lineage, step: StepRecord, value: Any) -> str:
     return show_field(value)
 
 
+def _gate(value: object) -> str:
+    return f"importance {short(value.get('mean'), 3)}" if isinstance(value, Mapping) else ""
+
+
 def _spread(show: Callable[[object], str]) -> Callable[[object], str]:
     """Shows a number, or a mapping of mean, min and max as "0.93 on average (0.81 to 0.99)"."""
 
@@ -138,6 +142,8 @@ _FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("final_loss", "final loss {}", lambda value: text(short(value))),
     ("reliability", "split-half reliability {}", _spread(lambda value: text(short(value, 3)))),
     ("energy_captured", "energy captured {}", _spread(share)),
+    ("rounding_share", "{} of it the rounding of the two checkpoints", share),
+    ("gate", "{} on average (1: not changed)", _gate),
     ("dtype", "{}", text),
     ("bytes", "{}", size),
     ("gain", "effective gain {}", _spread(lambda value: text(short(value)))),

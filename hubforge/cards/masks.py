@@ -11,7 +11,7 @@ from hubforge.cards.lineage import Lineage
 from hubforge.cards.making import StepView, step_view
 from hubforge.cards.markdown import code, link, url
 from hubforge.cards.numbers import count, size
-from hubforge.cards.pictures import energy_picture, importance_picture
+from hubforge.cards.pictures import energy_picture, gate_picture, histogram_picture, importance_picture
 from hubforge.release import File, Release, StepRecord, TargetRecord
 
 Row = dict[str, str]
@@ -24,6 +24,7 @@ class MaskView:
     step: StepView
     files: tuple[Row, ...]
     pictures: tuple[tuple[str, str], ...]  # path in the repository, alternative text
+    enough: str  # whether there were samples enough; Markdown
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,30 @@ def _mask(lineage: Lineage, step: StepRecord, own: bool) -> MaskView:
         }
         for file in step.files
     )
-    return MaskView(step_view(lineage, step), rows, pictures)
+    return MaskView(step_view(lineage, step), rows, pictures, enough(step))
+
+
+def enough(step: StepRecord) -> str:
+    """Whether the samples were enough, by split-half reliability; "" when it is not known. Markdown.
+
+    By Spearman and Brown, as many samples again would rank the weights alike to 2 r / (1 + r), r being the correlation
+    of the ranks that the two halves give.
+    """
+    halves, samples = step.metrics.get("reliability"), step.metrics.get("samples")
+    if isinstance(halves, bool) or not isinstance(halves, (int, float)) or not 0 < halves <= 1 or not samples:
+        return ""
+    again = 2 * halves / (1 + halves)
+    if again >= 0.95:
+        verdict = "were enough"
+    elif again >= 0.8:
+        verdict = "give the broad picture, and more would still move many weights"
+    else:
+        verdict = "were too few"
+    many = count(samples)
+    return (
+        f"By one half of the samples the weights rank as by the other to {halves:.3f} (Spearman), so by all of them as "
+        f"by {many} others to about {again:.3f}: {many} samples {verdict}."
+    )
 
 
 def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
@@ -101,6 +125,14 @@ def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
     drawings = [
         ("layers", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
         ("energy", energy_picture(layers, f"Energy captured, {about}"), f"Energy captured in each layer, {about}"),
+        ("gate", gate_picture(layers, f"How much each layer is spared, {about}"), f"Importance of each layer, {about}"),
+        (
+            "histogram",
+            histogram_picture(
+                step.metrics.get("histogram") or step.metrics.get("log10_histogram"), f"Importance of weights, {about}"
+            ),
+            f"Histogram of the importance of each weight, {about}",
+        ),
     ]
     return [
         (url(lineage.place(f"assets/{step.entry.replace('/', '-')}-{name}.svg")), drawn, words)
@@ -123,6 +155,12 @@ def describe(step: StepRecord, file: File) -> str:
     name = file.path.rsplit("/", 1)[-1]
     if name == "layer_importance.json":
         return "the sum and the mean of the importance in each layer"
+    if name == "gate.json":
+        return "the mean importance in each layer, and how many weights have which"
+    if name == "layers.json":
+        return "the importance of each layer, and the tensors that lie in them"
+    if name.endswith(".safetensors") and step.op == "combine":
+        return "for each weight tensor, under its name in the checkpoint, importance in [0, 1]; 1 is not to be changed"
     if name == "subspace.json":
         return "for each matrix: the rank kept, the energy captured and the residual"
     if name.endswith(".safetensors.index.json"):

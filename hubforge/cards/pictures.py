@@ -1,4 +1,4 @@
-"""The pictures of a card: results against the baseline, how it was made, importance and energy per layer."""
+"""The pictures of a card: results against the baseline; of masks, importance and energy per layer, histograms."""
 
 from __future__ import annotations
 
@@ -70,6 +70,41 @@ def energy_picture(layers: Sequence[Mapping[str, Any]], title: str) -> str:
     words = f"Energy captured in each of {len(bars)} layers, {mean:.3g} % on average."
     label = "energy captured, mean of the layer's matrices" + (" (line: least to most)" if ranges else "")
     return _bars(bars, title, label, words, " %", style="bar2", ranges=ranges, limit=100.0)
+
+
+def gate_picture(layers: Sequence[Mapping[str, Any]], title: str) -> str:
+    """A bar per layer: the mean importance of its weights, or its own; "" when the mask is no gate."""
+    bars: list[tuple[str, float]] = []
+    for index, layer in enumerate(layers):
+        value = _float(layer.get("gate", layer.get("importance")))
+        if value is not None:
+            bars.append((str(layer.get("layer", index)), value))
+    if not bars:
+        return ""
+    top = max(bars, key=lambda bar: bar[1])
+    words = f"Importance of each of {len(bars)} layers, from 0 to 1; layer {top[0]} is spared most, {short(top[1])}."
+    return _bars(bars, title, "importance: 0 changes in full, 1 not at all", words, "", style="bar", limit=1.0)
+
+
+def histogram_picture(histogram: object, title: str) -> str:
+    """How many weights have which value: a gate's in equal steps from 0 to 1, or a Fisher's by powers of ten."""
+    if isinstance(histogram, Mapping):
+        found = [(f"1e{decade}", _float(number)) for decade, number in histogram.items()]
+        axis, label = "order of magnitude", "share of the weights whose importance is of this order"
+    elif isinstance(histogram, (list, tuple)):
+        steps = max(len(histogram), 1)
+        found = [(f"{index / steps:.2g}", _float(number)) for index, number in enumerate(histogram)]
+        axis, label = "importance, from this value on", "share of the weights that a change reaches this little"
+    else:
+        return ""
+    counts = [(name, number) for name, number in found if number is not None]
+    total = sum(number for _, number in counts)
+    if not total > 0:
+        return ""
+    bars = [(name, 100 * number / total) for name, number in counts]
+    top = max(bars, key=lambda bar: bar[1])
+    words = f"Histogram of the importance of {total:.3g} weights; {share(top[1] / 100)} of them at {top[0]}."
+    return _bars(bars, title, label, words, " %", style="bar", limit=100.0, axis=axis)
 
 
 def _panel(
@@ -144,8 +179,9 @@ def _bars(
     style: str,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     limit: float | None = None,
+    axis: str = "layer",
 ) -> str:
-    """Upright bars over the layers' numbers."""
+    """Upright bars over the layers' numbers, or whatever `axis` says they stand for."""
     ranges = ranges or {}
     highest = max([value for _, value in bars] + [high for _, high in ranges.values()])
     marks = [mark for mark in ticks(0.0, highest) if limit is None or mark <= limit * 1.001]
@@ -183,7 +219,7 @@ def _bars(
             picture.line(x, at(low), x, at(high), "over")
         if index % every == 0:
             picture.text(x, bottom + 17, name, "dim small", "middle")
-    picture.text((left + right) / 2, bottom + 36, "layer", "dim small", "middle")
+    picture.text((left + right) / 2, bottom + 36, axis, "dim small", "middle")
     picture.height = bottom + 48
     return picture.render()
 

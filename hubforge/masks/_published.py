@@ -1,4 +1,4 @@
-"""Masks as others load them: a folder with a Fisher, a subspace or both, one tensor read at a time."""
+"""Masks as others load them: a folder with a Fisher, a subspace, a gate, or all; one tensor read at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Mask(Mapping[str, "Tensor"]):
         self._stack = ExitStack()
         self._fisher = self._open("fisher")
         self._subspace = self._open("subspace")
+        self._gate = self._open("gate")
         self._weights = Aliases(self._fisher or (), str(folder))
+        self._gated = Aliases(self._gate or (), str(folder))
         matrices = (name.removesuffix(".S") for name in self._subspace or () if name.endswith(".S"))
         self._matrices = dict.fromkeys(matrices)
         self._spanned = Aliases(self._matrices, str(folder))
@@ -89,6 +91,13 @@ class Mask(Mapping[str, "Tensor"]):
         U, S, V = (self._subspace.read(f"{found}.{part}")[..., :rank] for part in "USV")
         return Directions(U, S, V)
 
+    def gate(self, name: str) -> Tensor:
+        """Importance in [0, 1] of each weight, as `op: combine` made it; KeyError when there is none for the tensor."""
+        found = self._gated.find(name)
+        if found is None or self._gate is None:
+            raise KeyError(name)
+        return self._gate.read(found)
+
     @property
     def layers(self) -> dict[int, dict[str, float]]:
         """Sum, mean and count of the Fisher in each layer; empty without layer_importance.json."""
@@ -101,7 +110,8 @@ class Mask(Mapping[str, "Tensor"]):
         """SourceError, naming the tensor, unless the model (or its folder) has all the mask covers, shaped alike."""
         shapes = _shapes(model)
         theirs = Aliases(shapes, "the model")
-        mine = [(name, info.shape) for name, info in self._fisher.tensors.items()] if self._fisher else []
+        weighed = [checkpoint for checkpoint in (self._fisher, self._gate) if checkpoint]
+        mine = [(name, info.shape) for checkpoint in weighed for name, info in checkpoint.tensors.items()]
         if self._subspace:
             infos = self._subspace.tensors
             mine += [(name, tuple(infos[f"{name}.{part}"].shape[0] for part in "UV")) for name in self.matrices]
@@ -126,14 +136,14 @@ def open_mask(repo_or_folder: str | Path, name: str | None, revision: str | None
         raise SourceError(f"there is no mask {name!r}", where=str(repo_or_folder), mend=_others(files, name))
     inside = folder / name if name is not None else folder
     if not any(is_mask(path.name) for path in inside.iterdir()):
-        what = "neither fisher.safetensors nor subspace.safetensors is here"
+        what = "neither fisher.safetensors, subspace.safetensors nor gate.safetensors is here"
         raise SourceError(what, where=str(inside), mend=_others(files, name))
     return Mask(inside)
 
 
 def is_mask(file: str) -> bool:
     stem, _, rest = file.partition(".")
-    return stem in ("fisher", "subspace") and rest in ("safetensors", "safetensors.index.json")
+    return stem in ("fisher", "subspace", "gate") and rest in ("safetensors", "safetensors.index.json")
 
 
 def _others(files: Iterable[str], name: str | None) -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, TensorOp
 from hubforge.tensors.adapter import open_adapter
+from hubforge.tensors.gate import Normalize, needs_all, normalized
 from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
 from hubforge.tensors.reader import open_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CLIP = 0.99  # the quantile of F that counts as 1 when `normalize` is clip
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ class Apply(TensorOp):
     importance: MaskRef | None = Field(
         None, description="A Fisher mask of the model: the more important a weight, the less it is changed."
     )
-    normalize: Literal["minmax", "log", "rank", "clip"] = Field(
+    normalize: Normalize = Field(
         "minmax",
-        description="How the Fisher values of a tensor become F_param in [0, 1]: minmax; log (minmax of the "
-        "logarithm); rank (share of values below; halves the change on average); clip (minmax, the top 1 % counting "
-        "as 1).",
+        description="How the Fisher values of a tensor become F_param in [0, 1]: minmax; log, sqrt (minmax of the "
+        "logarithm, of the root); rank (share of values below; halves the change on average); clip:P (minmax, what "
+        "exceeds the P-quantile counting as 1; clip is clip:0.99). none: `importance` is a gate, which `combine` has "
+        "normalised, and is taken as it is, without damping by layer.",
     )
     layer_damping: bool = Field(
         True,
@@ -86,19 +87,27 @@ class Apply(TensorOp):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.adapters)} adapters")
         if not all(math.isfinite(factor) for factor in [*(self.weights or []), self.scale]):
             raise ValueError("scale and weights must be finite numbers")
+        if self.normalize == "none" and self.layer_damping and "layer_damping" in self.model_fields_set:
+            raise ValueError("`normalize: none` takes a gate as it is: put the layers into it with `combine`")
         if self.strength != 1 and self.projection != "scale":
             raise ValueError(f"strength is for `projection: scale`, not {self.projection}")
         return self
 
     def whole(self) -> bool:
-        return self.protect is not None or (self.importance is not None and self.normalize in ("rank", "clip"))
+        return self.protect is not None or (self.importance is not None and needs_all(self.normalize))
+
+    @property
+    def mask_stem(self) -> str:
+        return "gate" if self.normalize == "none" else "fisher"
 
     def apart(self) -> str:
         return "its leak is measured on what is stored" if self.protect is not None else ""
 
     def prepare(self, ctx: Context) -> Known:
         layers: Mapping[int, float] = {}
-        if self.importance is not None and self.layer_damping:
+        if self.importance is not None:
+            _check_kind(ctx.path(self.importance), str(self.importance), self.normalize, ctx.where)
+        if self.importance is not None and self.damps_layers():
             layers = layer_importance(ctx.artifact(self.importance).read_json("layer_importance.json"), ctx.where)
         if self.protect is None:
             return Known(layers)
@@ -125,8 +134,11 @@ class Apply(TensorOp):
             raise StepError(what, mend="Make a mask of this very model, covering every module the adapters train.")
         return changed
 
+    def damps_layers(self) -> bool:
+        return self.layer_damping and self.normalize != "none"
+
     def measures(self) -> int:
-        return int(self.importance is not None and self.normalize in ("minmax", "log"))
+        return int(self.importance is not None and self.normalize in ("minmax", "log", "sqrt"))
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         fisher = w[str(self.importance)]
@@ -148,7 +160,7 @@ class Apply(TensorOp):
         scale = self.scale
         if self.importance is not None:
             change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
-            if self.layer_damping and at.layer is not None:
+            if self.damps_layers() and at.layer is not None:
                 scale *= 1 - self._layer(at.layer, at)
         if self.protect is not None:
             change = self._protected(change, at)
@@ -168,30 +180,17 @@ class Apply(TensorOp):
         return layers[layer]
 
 
-def normalized(fisher: Tensor, how: str, totals: Mapping[str, float]) -> Tensor:
-    """F_param in [0, 1], float32, of one tensor's Fisher values (or, for minmax and log, of some rows of it).
-
-    totals: the least and largest value of the whole tensor (log: the least positive). A tensor whose values are all
-    equal has importance 0: none of its weights stands out.
-    """
-    import torch
-
-    if how == "rank":
-        # Mid-ranks: equal values, of which bfloat16 has many, share the mean of their places.
-        _, place, count = torch.unique(fisher, return_inverse=True, return_counts=True)
-        below = count.cumsum(0) - count
-        middle = (below + (count - 1) / 2) / max(fisher.numel() - 1, 1)
-        return middle.float()[place] if len(count) > 1 else torch.zeros_like(fisher)
-    if how == "clip":
-        top = fisher.flatten().kthvalue(max(1, math.ceil(CLIP * fisher.numel()))).values
-        low, high = float(fisher.min()), float(top)
-    else:
-        low, high = totals["min"], totals["max"]
-    if not low < high:
-        return torch.zeros_like(fisher)
-    if how == "log":
-        return (fisher.clamp(min=low) / low).log() / math.log(high / low)
-    return ((fisher - low) / (high - low)).clamp(0, 1)
+def _check_kind(path: Path, ref: str, normalize: str, where: str) -> None:
+    """StepError when a gate would be normalised again, or a Fisher be taken for a gate."""
+    if path.is_file():
+        return  # Whoever names a file means it; `none` looks at the values.
+    holds = {stem for stem in ("gate", "fisher") if any(path.glob(f"{stem}.safetensors*"))}
+    if holds == {"gate"} and normalize != "none":
+        mend = "Set `normalize: none` to take it as it is."
+        raise StepError(f"{ref} is a gate, normalised already", where=where, mend=mend)
+    if holds == {"fisher"} and normalize == "none":
+        mend = "Set `normalize: minmax`, or make a gate of it with `op: combine`."
+        raise StepError(f"{ref} is a Fisher, and `normalize: none` is for gates", where=where, mend=mend)
 
 
 def layer_importance(facts: Any, where: str = "") -> dict[int, float]:

@@ -202,7 +202,7 @@ def open_inputs(
             by_ref[ref] = Deltas(adapter, adapter.on(base), opened.desk)
             _warn_of_another_base(adapter, started_from(ctx, op.base_ref), ctx)
             continue
-        other = models[ref] if is_model else opened.checkpoint(ctx.path(ref), "fisher")
+        other = models[ref] if is_model else opened.checkpoint(ctx.path(ref), op.mask_stem)
         names = dict(paired(base, Aliases(other, str(other.path))))
         if is_model:
             tied = _tied_heads(base, other, names, started_from(ctx, ref).path)

@@ -169,6 +169,24 @@ def mask_steps() -> tuple[StepRecord, ...]:
             },
             files=(file("core.safetensors", 2_230_000_000),),
         ),
+        step(
+            "masks.gate",
+            "combine",
+            "mask",
+            2,
+            summary="A gate: the importance in [0, 1] of each weight, made of one or more masks",
+            formula="gate = Π Fᵢ",
+            fields={"masks": ["importance"], "how": "product", "normalize": "rank", "scope": "tensor"},
+            meanings={"how": "product: important in all of them"},
+            inputs={"importance": "masks.importance"},
+            metrics={
+                "tensors": 258,
+                "gate": {"mean": 0.5, "open": 0.05, "shut": 0.05},
+                "histogram": [5] * 20,
+                "layers": [{"layer": layer, "gate": 0.5 + 0.004 * layer} for layer in range(42)],
+            },
+            files=(file("gate.safetensors", 7_780_000_000), file("gate.json", 4100)),
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hubforge.cards.lineage import Lineage
-from hubforge.cards.pictures import energy_picture, importance_picture, results_picture
+from hubforge.cards.pictures import energy_picture, gate_picture, histogram_picture, importance_picture, results_picture
 from hubforge.cards.pipeline import pipeline_picture
 from hubforge.cards.render import draw
 from hubforge.cards.svg import fit, text_width, tick_labels, ticks
@@ -122,8 +122,22 @@ def test_energy_is_drawn_from_zero_to_all_of_it() -> None:
     assert abs(float(line.get("y1", 0)) - float(line.get("y2", 0))) == pytest.approx(150)
 
 
+def test_a_histogram_is_of_shares() -> None:
+    """Of a gate by steps of its values, of a Fisher by powers of ten."""
+    steps = histogram_picture([1, 0, 0, 3], "Gate")
+    assert "75 % of them at 0.75" in steps and "0.25: 0 %" in steps
+    assert "1e-7: 80 %" in histogram_picture({"-8": 1, "-7": 4}, "Fisher")
+
+
+def test_a_gate_is_drawn_from_zero_to_one() -> None:
+    root = ElementTree.fromstring(gate_picture([{"layer": 0, "gate": 0.25}, {"layer": 1, "importance": 1.0}], "Gate"))
+    heights = [float(bar.get("height", 0)) for bar in root.iter(f"{SVG}rect") if bar.get("class") == "bar"]
+    assert heights == pytest.approx([50, 200])
+
+
 def test_nothing_to_draw_draws_nothing(sparse_release: Release) -> None:
-    assert importance_picture([], "x") == ""
+    assert importance_picture([], "x") == gate_picture([{"layer": 0, "sum": 1.0}], "x") == ""
+    assert histogram_picture(None, "x") == histogram_picture([0, 0], "x") == ""
     assert importance_picture([{"layer": 0, "sum": 0.0}], "x") == ""
     assert energy_picture([{"layer": 0, "sum": 1.0, "mean": 0.2}], "x") == ""
     assert dict(pictures(sparse_release)).keys() == {"assets/pipeline.svg"}

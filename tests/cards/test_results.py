@@ -66,7 +66,7 @@ def test_only_the_steps_behind_a_target_are_told(rich_release: Release) -> None:
     names = [[view.entry for view in step_views(Lineage(rich_release, target))] for target in rich_release.targets]
     assert names[0] == ["`importance`", "`core`", "`chat`", "`styled`", "`tuned`", "`healed`"]
     assert names[1] == [*names[0], "`gguf`"]
-    assert names[2] == ["`importance`", "`core`"]
+    assert names[2] == ["`importance`", "`core`", "`gate`"]
     assert names[3] == ["`core`", "`chat`"]
 
 

@@ -46,6 +46,15 @@ def test_a_tensor_is_found_under_any_prefix(repository: Path, name: str) -> None
             mask["lm_head.weight"]
 
 
+def test_a_gate_lies_beside_them(repository: Path) -> None:
+    save_file({UP: torch.full((128, 64), 0.25)}, repository / "tiny" / "gate.safetensors")
+    with hubforge.masks.load(repository, "tiny") as mask:
+        assert mask.gate(UP.replace("model.", "model.language_model."))[0, 0] == 0.25
+        assert mask[UP].dtype == torch.bfloat16
+        with pytest.raises(KeyError):
+            mask.gate("lm_head.weight")
+
+
 def test_shards_are_read_through_their_index(repository: Path) -> None:
     folder = repository / "tiny"
     (folder / "fisher.safetensors").unlink()
@@ -84,8 +93,14 @@ def test_a_mask_of_more_layers_is_another_models(repository: Path, tiny_llama: P
     ("name", "message"),
     [
         ("tinny", r"there is no mask 'tinny'\n  Folders with one: tiny. Did you mean 'tiny'?"),
-        ("notes", r"neither fisher.safetensors nor subspace.safetensors is here\n  Folders with one: tiny."),
-        (None, r"neither fisher.safetensors nor subspace.safetensors is here\n  Folders with one: tiny."),
+        (
+            "notes",
+            r"neither fisher.safetensors, subspace.safetensors nor gate.safetensors is here\n  Folders with one: tiny.",
+        ),
+        (
+            None,
+            r"neither fisher.safetensors, subspace.safetensors nor gate.safetensors is here\n  Folders with one: tiny.",
+        ),
         ("../masks/tiny", "is not the name of a folder inside"),
         ("t*", "is not the name of a folder inside"),
     ],

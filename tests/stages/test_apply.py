@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from hubforge.errors import SourceError, StepError
 from hubforge.op import Place
-from hubforge.stages.apply import Apply, Known, layer_importance, normalized
+from hubforge.stages.apply import Apply, Known, layer_importance
+from hubforge.tensors.gate import normalized
 
 
 def test_apply_adds_the_scaled_product():
