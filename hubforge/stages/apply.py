@@ -153,18 +153,18 @@ class Apply(TensorOp):
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         factors = self.weights or [1.0] * len(self.adapters)
-        deltas = [w[adapter] * factor for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
-        change = deltas[0]
-        for more in deltas[1:]:
-            change = change + more
+        held = [(adapter, factor) for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
+        change = w[held[0][0]] * held[0][1]
+        for adapter, factor in held[1:]:
+            change += w[adapter] * factor
         scale = self.scale
         if self.importance is not None:
-            change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
+            change *= 1 - normalized(w[self.importance], self.normalize, at.totals)
             if self.damps_layers() and at.layer is not None:
                 scale *= 1 - self._layer(at.layer, at)
         if self.protect is not None:
             change = self._protected(change, at)
-        return w[self.model] + change * scale
+        return change.mul_(scale).add_(w[self.model])
 
     def _protected(self, change: Tensor, at: Place) -> Tensor:
         known: Known = at.known

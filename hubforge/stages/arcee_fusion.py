@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from hubforge.op import ModelRef, Place
 from hubforge.stages._models import FromBase
-from hubforge.tensors.selection import kth_smallest
+from hubforge.tensors.selection import TURNS, narrow, survey
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+QUARTILES = (0.25, 0.5, 0.75)
 EPSILON = 1e-8  # added to each probability, as mergekit does
 
 
@@ -32,13 +34,21 @@ class ArceeFusion(FromBase):
 
     models: list[ModelRef] = Field(min_length=1, max_length=1, description="The one other model.")
 
-    def whole(self) -> bool:
-        return True
+    def measures(self) -> int:
+        return TURNS
+
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, Any]:
+        return survey({"importance": lambda: importance(w[self.models[0]], w[self.base_model])}, at)
+
+    def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
+        n = math.prod(at.shape)
+        # What stands at a place from below is the least of so many largest.
+        return narrow(found, {"importance": [n - int(share * (n - 1)) for share in QUARTILES]}, at)
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         base, other = w[self.base_model], w[self.models[0]]
-        scores = importance(other, base)
-        return other.where(scores >= outstanding(scores), base)
+        threshold = outstanding(*(cut.threshold for cut in at.totals["importance"]))
+        return other.where(importance(other, base) >= threshold, base)
 
 
 def importance(other: Tensor, base: Tensor) -> Tensor:
@@ -50,7 +60,6 @@ def importance(other: Tensor, base: Tensor) -> Tensor:
     return (other - base).abs() * divergence
 
 
-def outstanding(scores: Tensor) -> float:
+def outstanding(first: float, median: float, third: float) -> float:
     """The median plus 1.5 times the distance of the quartiles; of two middle elements the lower."""
-    first, median, third = (kth_smallest(scores, int(share * (scores.numel() - 1))) for share in (0.25, 0.5, 0.75))
     return median + 1.5 * (third - first)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hubforge.op import Place
 from hubforge.stages._models import FOR_EACH, require_within
-from hubforge.stages._task_vectors import TaskVectors
+from hubforge.stages._task_vectors import ByMagnitude, elements
 from hubforge.tensors.schedule import PerModel, values_of
 from hubforge.tensors.selection import largest
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Breadcrumbs(TaskVectors):
+class Breadcrumbs(ByMagnitude):
     """The base model plus the weighted sum of task vectors without their outliers and their smallest elements.
 
     The share `gamma` of largest magnitudes goes first, then as many of the smallest as leave the share `density`.
@@ -42,17 +42,15 @@ class Breadcrumbs(TaskVectors):
             )
         return self
 
-    def whole(self) -> bool:
-        return any(density < 1 for density in values_of(self.density))
+    def counts(self, index: int, at: Place) -> list[int]:
+        """Of the outliers, and of them and what is kept together."""
+        n = elements(at)
+        kept = int(self.of_model(self.density, index, at) * n)
+        outliers = min(int(self.of_model(self.gamma, index, at) * n), n - kept)
+        return [outliers, outliers + kept]
 
     def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
-        return between(delta, self.of_model(self.density, index, at), self.of_model(self.gamma, index, at))
-
-
-def between(delta: Tensor, density: float, gamma: float) -> Tensor:
-    """A task vector with only its int(density · n) largest magnitudes after the int(gamma · n) very largest."""
-    if density >= 1:
-        return delta
-    kept = int(density * delta.numel())
-    outliers = min(int(gamma * delta.numel()), delta.numel() - kept)
-    return delta * (largest(delta, outliers + kept) & ~largest(delta, outliers))
+        if str(index) not in at.totals:
+            return delta
+        outliers, both = at.totals[str(index)]
+        return largest(delta, both, at).sub_(largest(delta, outliers, at))

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from hubforge.op import Place
 from hubforge.stages._models import FOR_EACH, require_within
 from hubforge.stages._task_vectors import TaskVectors
-from hubforge.tensors.random import uniform
+from hubforge.tensors.random import bernoulli, resolved
 from hubforge.tensors.schedule import PerModel
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ class DareLinear(TaskVectors):
 
     Kept elements are divided by `density`, as in the paper, so that the expected change stays the same; mergekit 0.1.5
     scales so that the sum of magnitudes stays the same, which is that but for chance. Which elements are kept follows
-    from the seed, the model's place in the list, the tensor's name and the element's index, and from nothing else.
+    from the seed, the model's place in the list, the tensor's name and the element's index, and from nothing else;
+    density is taken to the nearest multiple of 2⁻¹⁶, both as the chance and in the division.
     """
+
+    version: ClassVar[int] = 2  # 16 bits are drawn for an element.
 
     formula: ClassVar[str] = "W + λ · Σ wᵢ · mᵢ ⊙ (Wᵢ − W) / d,  mᵢ ~ Bernoulli(d)"
     source: ClassVar[str] = "Yu et al. 2023, arXiv:2311.03099"
@@ -40,13 +43,10 @@ class DareLinear(TaskVectors):
 
     def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
         density = self.of_model(self.density, index, at)
-        return drop(delta, density, self.seed, index, at, self.rescale)
-
-
-def drop(delta: Tensor, density: float, seed: int, index: int, at: Place, rescale: bool) -> Tensor:
-    """The rows at hand of model `index`'s task vector, each element kept with probability `density`, else zero."""
-    if density >= 1:
-        return delta
-    row = delta[0].numel() if delta.dim() else 1
-    kept = uniform(seed, (index, at.name), at.first * row, delta.numel()).view(delta.shape) < density
-    return delta * kept / density if rescale else delta * kept
+        if density >= 1:
+            return delta
+        row = delta[0].numel() if delta.dim() else 1
+        kept = bernoulli(self.seed, (index, at.name), at.first * row, delta.numel(), density)
+        if self.rescale:
+            kept.div_(resolved(density))
+        return delta * kept.view(delta.shape)

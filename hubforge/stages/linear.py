@@ -46,5 +46,5 @@ class Linear(Merge):
         divisor = total if self.normalize else 1.0
         merged = first * (weight / divisor)
         for tensor, weight in rest:
-            merged = merged.add(tensor, alpha=weight / divisor)
+            merged.add_(tensor, alpha=weight / divisor)
         return merged

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from hubforge.errors import StepError
 from hubforge.op import ModelRef, Place
 from hubforge.stages._models import Merge, from_base
-from hubforge.stages.slerp import angle, shares
+from hubforge.stages.slerp import angle, products, shares
 from hubforge.tensors.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Nuslerp(Merge):
     As `slerp`, the angle is taken by atan2 in float64; where there is no arc it goes along the straight line.
     """
 
+    version: ClassVar[int] = 2  # As of `slerp`.
     formula: ClassVar[str] = "(W₀ +) slerp(T₁, T₂, t),  t = w₂ / (w₁ + w₂),  Tᵢ = Wᵢ (− W₀)"
     source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242; mergekit 0.1.5, merge_methods/nuslerp.py"
 
@@ -41,31 +42,27 @@ class Nuslerp(Merge):
     def merged(self) -> tuple[ModelRef, ...]:
         return from_base(self.base_model, self.models)
 
-    def whole(self) -> bool:
-        return self.along == "columns"
-
     def measures(self) -> int:
-        return 1
+        return 0 if self.along == "rows" else 1
 
-    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
-        if len(ends := self.ends(w)) < 2 or self.dimension(ends[0]) is not None:
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, Any]:
+        if len(ends := self.ends(w)) < 2:
             return {}
-        a = ends[0].double().flatten()
-        d = ends[1].double().flatten() - a
-        return {"aa": float(a @ a), "ad": float(a @ d), "dd": float(d @ d)}
+        one, two = ends
+        return products(one, two) if self.dimension(one) is None else products_along(one, two, 0)
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         ends = self.ends(w)
         if len(ends) < 2:  # `missing: base`
             return w[next(model for model in self.models if model in w)]
-        t = self.share(at)
-        dim = self.dimension(ends[0])
+        one, two = ends
+        t, dim = self.share(at), self.dimension(one)
         if dim is None:
-            kept, taken = shares(angle(**at.totals), t)
-            merged = kept * ends[0] + taken * ends[1]
+            kept, taken = shares(angle(**(at.totals or products(one, two))), t)
+            merged = (one * kept).add_(two, alpha=taken)
         else:
-            merged = slerp_along(ends[0], ends[1], t, dim)
-        return merged if self.base_model is None else merged + w[self.base_model]
+            merged = slerp_along(one, two, t, at.totals or products_along(one, two, dim))
+        return merged if self.base_model is None else merged.add_(w[self.base_model])
 
     def ends(self, w: Mapping[str, Tensor]) -> list[Tensor]:
         """T₁ and T₂, as far as there are such tensors."""
@@ -86,17 +83,22 @@ class Nuslerp(Merge):
         return two / (one + two)
 
 
-def slerp_along(a: Tensor, b: Tensor, t: float, dim: int) -> Tensor:
-    """Slerp of each of the vectors that lie along a dimension; angles in float64."""
+def products_along(a: Tensor, b: Tensor, dim: int) -> dict[str, Tensor]:
+    """`slerp.products` of each of the vectors that lie along a dimension, which becomes of length 1; float64."""
+    x = a.double()
+    d = b.double().sub_(x)
+    return {name: (u * v).sum(dim, keepdim=True) for name, u, v in (("aa", x, x), ("ad", x, d), ("dd", d, d))}
+
+
+def slerp_along(a: Tensor, b: Tensor, t: float, known: Mapping[str, Tensor]) -> Tensor:
+    """Slerp of vectors for each of which `products_along` is known; angles in float64."""
     import torch
 
-    x = a.double()
-    d = b.double() - x
-    aa, ad, dd = ((u * v).sum(dim, keepdim=True) for u, v in ((x, x), (x, d), (d, d)))
+    aa, ad, dd = known["aa"], known["ad"], known["dd"]
     theta = torch.atan2((aa * dd - ad * ad).clamp(min=0).sqrt(), aa + ad)
     sine = theta.sin()
     straight = ~(sine > 1e-6)
     sine = sine.masked_fill(straight, 1.0)
     kept = torch.where(straight, 1 - t, ((1 - t) * theta).sin() / sine)
     taken = torch.where(straight, t, (t * theta).sin() / sine)
-    return kept.float() * a + taken.float() * b
+    return (a * kept.float()).add_(b * taken.float())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from hubforge.op import Place
 from hubforge.stages._models import FromBase, indexed
+from hubforge.stages._task_vectors import divide, positive_or_negative
 from hubforge.stages.ram import sum_of
-from hubforge.tensors.selection import largest
+from hubforge.tensors.selection import TURNS, largest, narrow, survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,40 +33,50 @@ class Sce(FromBase):
         1.0, gt=0, le=1, description="Share kept of the elements that vary over the models, by variance; in (0, 1]."
     )
 
-    def whole(self) -> bool:
-        return self.select_topk < 1
-
     def measures(self) -> int:
-        return int(not self.whole())
+        return TURNS + 1 if self.select_topk < 1 else 1
 
-    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
+    def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, Any]:
         held = indexed(self.models, w)
-        return {str(index): squares(w[model] - w[self.base_model]) for index, model in held}
+        if at.turn == self.measures() - 1:
+            deltas = self.selected([w[model] - w[self.base_model] for _, model in held], at)
+            return {str(index): squares(delta) for (index, _), delta in zip(held, deltas, strict=True)}
+        varying = cache(lambda: variance([w[model] - w[self.base_model] for _, model in held]))
+        found = survey({"variance": varying}, at)
+        return found | {"varying": int(varying().count_nonzero())} if at.turn == 0 else found
+
+    def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
+        if at.turn == self.measures() - 1:
+            return {**at.totals, **super().combine(found, at)}
+        varying = sum(each["varying"] for each in found) if at.turn == 0 else at.totals["varying"]
+        return {**narrow(found, {"variance": [int(self.select_topk * varying)]}, at), "varying": varying}
+
+    def selected(self, deltas: list[Tensor], at: Place) -> list[Tensor]:
+        """The task vectors with all but what varies most set to zero."""
+        if self.select_topk == 1:
+            return deltas
+        mask = largest(variance(deltas), at.totals["variance"][0], at).sign_()
+        return [delta * mask for delta in deltas]
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         base = w[self.base_model]
         held = indexed(self.models, w)
-        deltas = [w[model] - base for _, model in held]
-        if self.whole():
-            mask = varying(deltas, self.select_topk)
-            deltas = [delta * mask for delta in deltas]
-            sums = [squares(delta) for delta in deltas]
-        else:
-            sums = [at.totals[str(index)] for index, _ in held]
+        deltas = self.selected([w[model] - base for _, model in held], at)
+        sums = [at.totals[str(index)] for index, _ in held]
         weights = [value / (sum(sums) or 1.0) for value in sums]
-        sign = sum_of(deltas).sign()
-        sign[sign == 0] = 1.0  # as in TIES
-        agrees = [(delta * sign > 0).float() for delta in deltas]
-        merged = sum_of([delta * weight * voice for delta, weight, voice in zip(deltas, weights, agrees, strict=True)])
-        divisor = sum_of([voice * weight for weight, voice in zip(weights, agrees, strict=True)])
-        return base + merged / divisor.masked_fill_(divisor == 0, 1.0)
+        sign = positive_or_negative(sum_of(deltas))
+        merged, divisor = base.new_zeros(base.shape), base.new_zeros(base.shape)
+        for delta, weight in zip(deltas, weights, strict=True):
+            agrees = (delta.sign() * sign).clamp_(min=0)
+            merged.addcmul_(delta, agrees, value=weight)
+            divisor.add_(agrees, alpha=weight)
+        return divide(merged, divisor).add_(base)
 
 
-def varying(deltas: Sequence[Tensor], share: float) -> Tensor:
-    """Where the variance over the models is among the largest: that share, rounded down, of where it is not zero."""
+def variance(deltas: Sequence[Tensor]) -> Tensor:
+    """Of the models, at each element, times their number: the order is the same."""
     mean = sum_of(deltas) / len(deltas)
-    variance = sum_of([(delta - mean).square() for delta in deltas])
-    return largest(variance, int(share * int(variance.count_nonzero())))
+    return sum_of([(delta - mean).square_() for delta in deltas])
 
 
 def squares(delta: Tensor) -> float:

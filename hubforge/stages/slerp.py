@@ -24,6 +24,7 @@ class Slerp(Models):
     it goes along the straight line instead.
     """
 
+    version: ClassVar[int] = 2  # The second product is added without being rounded.
     formula: ClassVar[str] = "sin((1 − t)·θ) / sin θ · W + sin(t·θ) / sin θ · W_to,  θ = ∠(W, W_to)"
     source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242"
 
@@ -50,9 +51,7 @@ class Slerp(Models):
         return 1
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
-        a = w[self.model].double().flatten()
-        d = w[self.to].double().flatten() - a
-        return {"aa": float(a @ a), "ad": float(a @ d), "dd": float(d @ d)}
+        return products(w[self.model], w[self.to])
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         if at.totals["dd"] == 0:
@@ -61,7 +60,14 @@ class Slerp(Models):
         if t in (0, 1):  # An infinite bound times 0 would be NaN.
             return w[self.to if t else self.model]
         kept, taken = shares(angle(**at.totals), t)
-        return kept * w[self.model] + taken * w[self.to]
+        return (w[self.model] * kept).add_(w[self.to], alpha=taken)
+
+
+def products(a: Tensor, b: Tensor) -> dict[str, float]:
+    """What `angle` needs: a·a, a·d and d·d of d = b − a, in float64."""
+    x = a.double().flatten()
+    d = b.double().flatten().sub_(x)
+    return {"aa": float(x @ x), "ad": float(x @ d), "dd": float(d @ d)}
 
 
 def angle(aa: float, ad: float, dd: float) -> float:

@@ -48,8 +48,7 @@ class TaskArithmetic(Models):
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         base = w[self.model]
-        merged = base
+        merged = base.clone()
         for index, model in indexed(self.models, w):
-            weight = self.of_model(self.weights, index, at)
-            merged = merged.add(w[model] - base, alpha=self.scale * weight)
+            merged.add_(w[model] - base, alpha=self.scale * self.of_model(self.weights, index, at))
         return merged

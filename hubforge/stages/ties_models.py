@@ -8,15 +8,15 @@ from pydantic import Field, model_validator
 
 from hubforge.op import Place
 from hubforge.stages._models import FOR_EACH, require_within
-from hubforge.stages._task_vectors import TaskVectors
-from hubforge.tensors.schedule import PerModel, values_of
+from hubforge.stages._task_vectors import ByMagnitude, elements
+from hubforge.tensors.schedule import PerModel
 from hubforge.tensors.selection import largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TiesModels(TaskVectors):
+class TiesModels(ByMagnitude):
     """The base model plus the mean of what agrees in sign of the models' trimmed task vectors.
 
     mergekit's `ties`; `op: ties` is PEFT's, of adapters. Here signs are elected after weighting and the mean is over
@@ -37,10 +37,10 @@ class TiesModels(TaskVectors):
         require_within("density", self.density, 0, 1, "it is the share of each task vector that is kept")
         return self
 
-    def whole(self) -> bool:
-        return any(density < 1 for density in values_of(self.density))
+    def counts(self, index: int, at: Place) -> list[int]:
+        # At least one, as in mergekit: a norm of a few elements keeps its largest.
+        return [max(1, int(self.of_model(self.density, index, at) * elements(at)))]
 
     def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
-        density = self.of_model(self.density, index, at)
-        # At least one, as in mergekit: a norm of a few elements keeps its largest.
-        return delta if density >= 1 else delta * largest(delta, max(1, int(density * delta.numel())))
+        cuts = at.totals.get(str(index))
+        return largest(delta, cuts[0], at) if cuts else delta

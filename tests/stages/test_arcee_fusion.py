@@ -19,7 +19,12 @@ def test_importance_by_hand():
 
 def test_what_stands_out():
     # Quartiles of 0 .. 8 are 2 and 6, the median 4.
-    assert outstanding(torch.arange(9.0)) == 4 + 1.5 * (6 - 2)
+    assert outstanding(2, 4, 6) == 4 + 1.5 * (6 - 2)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_blocks_do_not_matter(rows, merge, family):
+    assert torch.equal(merge(FUSION, family, rows), merge(FUSION, family))
 
 
 def test_only_what_stands_out_is_taken(merge):

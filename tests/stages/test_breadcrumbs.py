@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from hubforge.stages.breadcrumbs import Breadcrumbs, between
+from hubforge.stages.breadcrumbs import Breadcrumbs
 from hubforge.stages.task_arithmetic import TaskArithmetic
 
 
-def test_the_largest_and_the_smallest_go():
-    delta = torch.tensor([1.0, -10.0, 3.0, 2.0, -4.0, 5.0, 6.0, -7.0, 8.0, 9.0])
+def test_the_largest_and_the_smallest_go(merge):
+    delta = [1.0, -10.0, 3.0, 2.0, -4.0, 5.0, 6.0, -7.0, 8.0, 9.0]
+    op = Breadcrumbs(base_model="m", models=["a"], density=0.5, gamma=0.1)
     # One of ten goes as an outlier, the next five stay.
-    assert between(delta, density=0.5, gamma=0.1).tolist() == [0, 0, 0, 0, 0, 5.0, 6.0, -7.0, 8.0, 9.0]
+    assert merge(op, {"m": [0.0] * 10, "a": delta}).tolist() == [0, 0, 0, 0, 0, 5.0, 6.0, -7.0, 8.0, 9.0]
 
 
-def test_density_wins_over_gamma():
-    assert between(torch.tensor([1.0, 2.0, 3.0, 4.0]), density=0.75, gamma=0.5).tolist() == [1.0, 2.0, 3.0, 0.0]
+def test_density_wins_over_gamma(merge):
+    op = Breadcrumbs(base_model="m", models=["a"], density=0.75, gamma=0.5)
+    assert merge(op, {"m": [0.0] * 4, "a": [1.0, 2.0, 3.0, 4.0]}).tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
 def test_density_one_is_task_arithmetic(merge, family):

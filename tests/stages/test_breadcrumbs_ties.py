@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hubforge.stages.breadcrumbs import Breadcrumbs, between
+from hubforge.stages.breadcrumbs import Breadcrumbs
 from hubforge.stages.breadcrumbs_ties import BreadcrumbsTies
 
 
@@ -21,11 +21,14 @@ def test_one_model_is_breadcrumbs(merge, family):
 
 def test_against_a_loop_in_float64(merge, family):
     op = BreadcrumbsTies(base_model="m", models=["a", "b", "c"], density=0.4, gamma=0.05, weights=[1.0, 0.5, -1.0])
-    merged = merge(op, family)
-    parts = [
-        weight * between(family[ref] - family["m"], 0.4, 0.05).double()
-        for ref, weight in [("a", 1.0), ("b", 0.5), ("c", -1.0)]
-    ]
+    merged = merge(op, family, rows=10)
+    parts = []
+    for ref, weight in [("a", 1.0), ("b", 0.5), ("c", -1.0)]:
+        delta = (family[ref] - family["m"]).flatten()
+        chosen = delta.abs().argsort(descending=True)[int(0.05 * 3072) : int(0.05 * 3072) + int(0.4 * 3072)]
+        part = torch.zeros(3072).double()
+        part[chosen] = weight * delta[chosen].double()
+        parts.append(part.view(64, 48))
     for i in range(0, 64, 9):
         for j in range(48):
             values = [float(part[i, j]) for part in parts]

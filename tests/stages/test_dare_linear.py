@@ -8,7 +8,7 @@ import torch
 from hubforge.stages.dare_linear import DareLinear
 from hubforge.stages.task_arithmetic import TaskArithmetic
 from hubforge.tensors import targets
-from hubforge.tensors.random import uniform
+from hubforge.tensors.random import bernoulli, resolved
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -20,7 +20,7 @@ def dare(**fields):
 def test_kept_elements_are_scaled_up(merge):
     # A change of 1 everywhere: what is kept becomes 1 / 0.25, the rest stays.
     merged = merge(dare(models=["a"], density=0.25, seed=1), {"m": torch.zeros(4, 8), "a": torch.ones(4, 8)})
-    kept = uniform(1, (0, UP), 0, 32).view(4, 8) < 0.25
+    kept = bernoulli(1, (0, UP), 0, 32, 0.25).view(4, 8)
     assert torch.equal(merged, kept * 4.0)
     assert 0 < kept.sum() < 32
 
@@ -36,8 +36,8 @@ def test_against_a_loop_in_float64(merge, family):
     merged = merge(dare(weights=[0.5, 2.0], density=[0.3, 0.8], seed=5, normalize=True, scale=1.5), family)
     expected = family["m"].double().clone()
     for index, (ref, weight, density) in enumerate([("a", 0.5, 0.3), ("b", 2.0, 0.8)]):
-        kept = uniform(5, (index, UP), 0, 64 * 48).view(64, 48) < density
-        expected += 1.5 * weight / 2.5 * (family[ref].double() - family["m"].double()) / density * kept
+        kept = bernoulli(5, (index, UP), 0, 64 * 48, density).view(64, 48)
+        expected += 1.5 * weight / 2.5 * (family[ref].double() - family["m"].double()) / resolved(density) * kept
     torch.testing.assert_close(merged, expected.float(), rtol=0, atol=2e-6)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hubforge.stages.dare_linear import DareLinear
 from hubforge.stages.dare_ties import DareTies
-from hubforge.tensors.random import uniform
+from hubforge.tensors.random import bernoulli
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -28,7 +28,7 @@ def test_against_a_loop_in_float64(merge, family):
     base = family["m"].double()
     parts = []
     for index, (ref, weight) in enumerate([("a", 0.5), ("b", 0.7), ("c", -0.3)]):
-        kept = uniform(0, (index, UP), 0, 64 * 48).view(64, 48) < 0.5
+        kept = bernoulli(0, (index, UP), 0, 64 * 48, 0.5).view(64, 48)
         parts.append(weight * (family[ref].double() - base) / 0.5 * kept)
     for i in range(0, 64, 9):
         for j in range(48):

@@ -26,7 +26,7 @@ def test_against_mergekits_weights(merge, family):
 
 def test_t_may_follow_the_layers(merge):
     op = Nearswap(base_model="m", models=["a"], t=[0.0, 1.0])
-    assert merge(op, {"m": [0.0], "a": [9.0]}, layer=1, layers=5).tolist() == [0.25]
+    assert merge(op, {"m": [0.0], "a": [9.0]}, layer=1, known=5).tolist() == [0.25]
 
 
 @pytest.mark.parametrize(

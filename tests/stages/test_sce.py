@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hubforge.stages.sce import Sce, varying
+from hubforge.stages.sce import Sce
 
 
 def test_by_hand(merge):
@@ -20,11 +20,17 @@ def test_small_changes_are_weighted_as_large_ones(merge, family):
     torch.testing.assert_close(merge(op, small) * 1e5, merge(op, large), rtol=1e-5, atol=1e-6)
 
 
-def test_where_nothing_varies_nothing_is_selected():
-    deltas = [torch.tensor([1.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, -3.0, 0.0])]
+@pytest.mark.parametrize(("topk", "expected"), [(0.5, [0, 0, 3.0, 0]), (0.4, [0, 0, 0, 0])])
+def test_where_nothing_varies_nothing_is_selected(topk, expected, merge):
     # Two of four vary; half of those is the one that varies most.
-    assert varying(deltas, 0.5).tolist() == [False, False, True, False]
-    assert not varying(deltas, 0.4).any()
+    w = {"m": [0.0] * 4, "a": [1.0, 1.0, 3.0, 0.0], "b": [1.0, 2.0, -3.0, 0.0]}
+    assert merge(Sce(base_model="m", models=["a", "b"], select_topk=topk), w).tolist() == expected
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_blocks_do_not_matter(rows, merge, family):
+    op = Sce(base_model="m", models=["a", "b", "c"], select_topk=0.3)
+    torch.testing.assert_close(merge(op, family, rows), merge(op, family), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("topk", [1.0, 0.3])

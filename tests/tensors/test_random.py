@@ -1,13 +1,14 @@
 """Random numbers that belong to elements: where they come from, how they lie, and what they do not depend on."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from hubforge.tensors.random import _key, uniform
+from hubforge.tensors.random import _key, bernoulli, resolved, uniform
 
 
 def test_numbers_are_the_upper_bits_of_philox():
@@ -26,11 +27,12 @@ def test_they_stay_what_they_were():
     ]
 
 
+@pytest.mark.parametrize("draw", [uniform, partial(bernoulli, chance=0.3)], ids=["uniform", "bernoulli"])
 @pytest.mark.parametrize("cuts", [(1,), (8, 16), (3, 5, 64, 999), tuple(range(1, 1000, 7))])
-def test_blocks_do_not_matter(cuts):
-    whole = uniform(3, (1, "w"), 0, 1000)
+def test_blocks_do_not_matter(cuts, draw):
+    whole = draw(3, (1, "w"), 0, 1000)
     ends = [0, *cuts, 1000]
-    parts = [uniform(3, (1, "w"), first, last - first) for first, last in pairwise(ends)]
+    parts = [draw(3, (1, "w"), first, last - first) for first, last in pairwise(ends)]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -65,3 +67,34 @@ def test_neighbours_are_independent():
     for shift in (1, 2, 7, 8, 48):
         products = numbers[:-shift] * numbers[shift:]
         assert abs(products.mean()) < 5 / 12 / math.sqrt(len(products))
+
+
+def test_a_chance_is_that_of_sixteen_bits_below_it():
+    words = np.random.Philox(key=_key(7, (0, "w"))).random_raw(4)
+    lanes = [(int(word) >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    for chance in (0.2, 0.5, lanes[3] / 65536, (lanes[3] + 1) / 65536):
+        below = round(chance * 65536)
+        assert bernoulli(7, (0, "w"), 0, 16, chance).tolist() == [float(lane < below) for lane in lanes]
+
+
+@pytest.mark.parametrize("chance", [2.0**-16, 0.01, 0.2, 0.5, 1 - 2.0**-16])
+def test_chances_are_exact(chance):
+    # All 65,536 values of 16 bits, equally likely: that share of them lies below. Drawn, within 5 standard errors.
+    count = 1 << 20
+    drawn = bernoulli(0, ("w",), 0, count, chance).double()
+    assert set(drawn.unique().tolist()) <= {0.0, 1.0}
+    p = resolved(chance)
+    assert abs(p - chance) <= 2.0**-17
+    assert abs(drawn.sum() - count * p) < 5 * math.sqrt(count * p * (1 - p))
+
+
+def test_a_chance_of_one_is_certain_and_the_least_is_not_nothing():
+    assert bernoulli(0, ("w",), 0, 1000, 1.0).sum() == 1000
+    assert resolved(1e-9) == 2.0**-16
+
+
+def test_chances_of_neighbours_are_independent():
+    drawn = bernoulli(0, (0, "w"), 0, 1 << 18, 0.25).double() - 0.25
+    for shift in (1, 2, 3, 4, 15, 16, 64):
+        products = drawn[:-shift] * drawn[shift:]
+        assert abs(products.mean()) < 5 * 0.1875 / math.sqrt(len(products))
