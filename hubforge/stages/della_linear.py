@@ -54,7 +54,8 @@ class DellaLinear(TaskVectors):
             return delta
         row = delta[0].numel() if delta.dim() else 1
         keep = probabilities(delta, density, self.of_model(self.epsilon, index, at))
-        kept = uniform(self.seed, (index, at.name), at.first * row, delta.numel()).view(delta.shape) < keep
+        drawn = uniform(self.seed, (index, at.name), at.first * row, delta.numel()).to(delta.device)
+        kept = drawn.view(delta.shape) < keep
         return delta * kept / keep if self.rescale else delta * kept
 
 
@@ -63,7 +64,7 @@ def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
     import torch
 
     if delta.dim() == 0 or delta.shape[-1] == 1:
-        return torch.full(delta.shape, density)
+        return torch.full_like(delta, density)
     order = delta.abs().sort(dim=-1, stable=True).indices
-    ladder = torch.linspace(density - epsilon, density + epsilon, delta.shape[-1]).expand(delta.shape)
-    return torch.empty(delta.shape).scatter_(-1, order, ladder)
+    ladder = torch.linspace(density - epsilon, density + epsilon, delta.shape[-1]).to(delta.device)
+    return torch.empty_like(delta).scatter_(-1, order, ladder.expand(delta.shape))

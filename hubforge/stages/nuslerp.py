@@ -49,7 +49,9 @@ class Nuslerp(Merge):
         if len(ends := self.ends(w)) < 2:
             return {}
         one, two = ends
-        return products(one, two) if self.dimension(one) is None else products_along(one, two, 0)
+        if self.dimension(one) is None:
+            return products(one, two)
+        return {name: sums.cpu() for name, sums in products_along(one, two, 0).items()}
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         ends = self.ends(w)
@@ -94,7 +96,7 @@ def slerp_along(a: Tensor, b: Tensor, t: float, known: Mapping[str, Tensor]) -> 
     """Slerp of vectors for each of which `products_along` is known; angles in float64."""
     import torch
 
-    aa, ad, dd = known["aa"], known["ad"], known["dd"]
+    aa, ad, dd = (known[name].to(a.device) for name in ("aa", "ad", "dd"))
     theta = torch.atan2((aa * dd - ad * ad).clamp(min=0).sqrt(), aa + ad)
     sine = theta.sin()
     straight = ~(sine > 1e-6)

@@ -124,7 +124,7 @@ def _bits(flat: Tensor) -> NDArray[np.uint32]:
     """The bits of the magnitudes."""
     import numpy as np
 
-    bits: NDArray[np.uint32] = flat.numpy().view(np.uint32) & np.uint32(_TOP)
+    bits: NDArray[np.uint32] = flat.cpu().numpy().view(np.uint32) & np.uint32(_TOP)
     return bits
 
 
