@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,8 @@ class Run:
     @property
     def identity(self) -> str:
         """What a saved state must agree with."""
-        return json.dumps([self.plan.engine, self.plan.batch, self.plan.groups, len(self.examples)])
+        names = zlib.crc32("\n".join(self.weights).encode())
+        return json.dumps([self.plan.engine, self.plan.batch, self.plan.groups, len(self.examples), names])
 
     def _save(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 24  # weights looked at together: their logarithms are in memory then
 _DECADES = 64
+_WRITING = 2  # weights on their way to the disk, in bfloat16, while the next are computed
 
 
 class Importance:
@@ -31,6 +34,8 @@ class Importance:
         layout = lay_out([(name, "BF16", shape) for name, shape in shapes.items()], stem="fisher")
         self._order = list(shapes)
         self._writer = TensorWriter(out / "writing", layout, plan)
+        self._threads = ThreadPoolExecutor(max_workers=_WRITING)
+        self._writing: deque[Future[None]] = deque()
         self.facts: dict[str, dict[str, Any]] = dict(self._writer.done)
 
     @property
@@ -45,16 +50,21 @@ class Importance:
             return
         values = sums / self._examples
         facts = summary(values) | {"even": _text(even), "whole": _text(whole)}
-        self._writer.put(name, values.to(torch.bfloat16), facts)
+        while len(self._writing) >= _WRITING:  # Checksums take longer than the next weights do on a GPU.
+            self._writing.popleft().result()
+        self._writing.append(self._threads.submit(self._writer.put, name, values.to(torch.bfloat16).cpu(), facts))
         self.facts[name] = facts
 
     def complete(self) -> dict[str, str]:
         """Bring the files to their place; their sha256."""
+        while self._writing:
+            self._writing.popleft().result()
         digests = self._writer.complete()
         settle(self._out / "writing", self._out)
         return digests
 
     def close(self) -> None:
+        self._threads.shutdown()
         self._writer.close()
 
     def reliability(self) -> float | None:

@@ -44,7 +44,8 @@ class Work:
     tokens: int  # of all examples
     examples: int
     cuts: frozenset[int]  # the layers where groups may begin; empty when there can be none
-    batches: tuple[int, ...] = BATCHES  # numbers of examples that may go at a time
+    batches: tuple[int, ...] = BATCHES  # numbers of examples to try at a time
+    apart: bool = True  # whether the gradients of a batch's examples can be told apart
 
     @property
     def largest(self) -> int:
@@ -85,6 +86,8 @@ def work_of(
     itemsize: int,
     cuts: Iterable[int],
     batches: tuple[int, ...] = BATCHES,
+    *,
+    apart: bool = True,
 ) -> Work:
     """shapes: of the checkpoint's tensors. covered: those with a sum. lengths: of the examples, in tokens."""
     text = config.get("text_config") or config
@@ -109,7 +112,8 @@ def work_of(
         tokens=sum(lengths),
         examples=len(lengths),
         cuts=frozenset(cuts) if inside else frozenset(),
-        batches=batches,
+        batches=batches if apart else (1,),
+        apart=apart,
     )
 
 
@@ -122,7 +126,7 @@ def choose(work: Work, room: Room, engine: str = "auto", batch: int | None = Non
     if engine == "groups" and not work.cuts:
         what = "engine: groups covers weights of decoder layers only, and `targets` names others"
         raise StepError(what, mend="Narrow `targets`, or choose another engine.")
-    if batch is not None and batch > 1 and batch not in work.batches and work.batches == (1,):
+    if batch is not None and batch > 1 and not work.apart:
         what = f"batch_size is {batch}, but not every target is the weight of a linear layer"
         raise StepError(what, mend="Only the gradients of linear layers can be told apart in a batch: batch_size: 1.")
     tried: list[Plan] = []

@@ -49,7 +49,8 @@ class Mask(Mapping[str, "Tensor"]):
         if single.is_file():
             return self._stack.enter_context(open_checkpoint(single))
         if not index.is_file():
-            return None
+            pickled = self.folder / f"{stem}.pt"
+            return self._stack.enter_context(open_checkpoint(pickled)) if pickled.is_file() else None
         shards = sorted(set(read_index(index).values()))
         tensors = {name: info for shard in shards for name, info in read_header(self.folder / shard).items()}
         return self._stack.enter_context(Checkpoint(self.folder, tensors))
@@ -143,7 +144,7 @@ def open_mask(repo_or_folder: str | Path, name: str | None, revision: str | None
 
 def is_mask(file: str) -> bool:
     stem, _, rest = file.partition(".")
-    return stem in ("fisher", "subspace", "gate") and rest in ("safetensors", "safetensors.index.json")
+    return stem in ("fisher", "subspace", "gate") and rest in ("safetensors", "safetensors.index.json", "pt")
 
 
 def _others(files: Iterable[str], name: str | None) -> str:
@@ -166,6 +167,8 @@ def _fetch(repo: str, name: str | None, revision: str | None, endpoint: str | No
             files = api.list_repo_files(repo, revision=revision)
             level = [path for path in files if path.rpartition("/")[0] == (name or "")]
             wanted = [path for path in level if path.endswith((".safetensors", ".json"))]
+            if not any(path.endswith(".safetensors") for path in wanted):
+                wanted += [path for path in level if path.endswith(".pt")]
             # An empty list of patterns would mean everything.
             return Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted or ["none"])), files
     except HFValidationError as error:

@@ -254,7 +254,7 @@ class Fisher(Op):
         # A CPU computes one example as fast as several; off the device, several share the way there.
         several = _memory.BATCHES if ctx.device.startswith("cuda") or self.engine == "disk" else (1,)
         work = _memory.work_of(
-            shapes, targets.names, config, lengths, dtype.itemsize, cuts(config), (1,) if stacked else several
+            shapes, targets.names, config, lengths, dtype.itemsize, cuts(config), several, apart=not stacked
         )
         room = _memory.free(ctx.device, ctx.out)
         written = 2 * sum(work.sums.values()) // 4 * (2 if self.pt else 1)

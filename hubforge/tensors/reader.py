@@ -274,12 +274,14 @@ class Checkpoint:
 def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
     """The checkpoint in a folder, or the one file given.
 
-    Looked for in a folder, in this order: <stem>.safetensors, its index, any other single index, any other single
-    safetensors file, pytorch_model.bin (read with weights_only) and its index. Raises SourceError when there is none.
+    Looked for in a folder, in this order: <stem>.safetensors, its index, <stem>.pt, any other single index, any other
+    single safetensors file, pytorch_model.bin and its index, any other single .pt file. All but safetensors is read
+    with weights_only. Raises SourceError when there is none.
     stem: "fisher" for a mask, which a published folder holds beside others.
     """
     if path.is_file():
-        return _open_pickled(path, [path]) if path.suffix == ".bin" else Checkpoint(path, read_header(path))
+        pickled = path.suffix in (".bin", ".pt", ".pth")
+        return _open_pickled(path, [path]) if pickled else Checkpoint(path, read_header(path))
     if not path.is_dir():
         raise SourceError("no such folder or file", where=str(path))
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
@@ -287,6 +289,8 @@ def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
         return Checkpoint(path, read_header(single))
     if index.is_file():
         return _open_sharded(path, index)
+    if (path / f"{stem}.pt").is_file():
+        return _open_pickled(path, [path / f"{stem}.pt"])
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return _open_sharded(path, indices[0])
@@ -304,6 +308,9 @@ def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
         found = _open_pickled(path, [path / shard for shard in sorted(set(weight_map.values()))])
         _check_all_listed(weight_map, found.tensors, index)
         return found
+    pickles = sorted(path.glob("*.pt"))
+    if len(pickles) == 1:
+        return _open_pickled(path, pickles)
     raise SourceError("has no weights", where=str(path), mend="Expected model.safetensors, or shards with their index.")
 
 

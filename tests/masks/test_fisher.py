@@ -340,3 +340,101 @@ def test_too_little_memory_is_said_before_the_model_is_loaded(
     monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(StepError, match=r"r.yaml:7: .* of the device's memory are needed .*, and 600 MB are free"):
         op().run(context(tmp_path / "out", tiny_llama))
+
+
+@pytest.mark.parametrize("engine", ["device", "groups", "host", "disk"])
+def test_every_engine_writes_the_same_mask(tiny_llama: Path, tmp_path: Path, engine: str) -> None:
+    notes: list[Event] = []
+    plain = op().run(context(tmp_path / "plain", tiny_llama))
+    given = op(engine=engine, batch_size=2, pt=True).run(context(tmp_path / "out", tiny_llama, report=notes.append))
+    assert (given["engine"], given["batch_size"]) == (engine, 2)
+    said = next(event.text for event in notes if isinstance(event, Note) and "engine:" in event.text)
+    assert said.startswith(f"Fisher of 14 tensors, 73.7 k weights; engine: {engine}, 2 of 4 samples at a time")
+    written, expected = (load_file(tmp_path / name / "fisher.safetensors") for name in ("out", "plain"))
+    for name, values in written.items():
+        # Both are rounded to 8 bits, so where they differ it is by one of the last of them.
+        torch.testing.assert_close(values, expected[name], rtol=2**-7, atol=1e-5 * float(expected[name].max()))
+    assert given["reliability"] == pytest.approx(plain["reliability"], abs=1e-4)
+    pickled = torch.load(tmp_path / "out" / "fisher.pt", weights_only=True)
+    assert pickled.keys() == written.keys() and all(torch.equal(pickled[name], written[name]) for name in written)
+    left = {"fisher.safetensors", "fisher.pt", "layer_importance.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left
+
+
+def test_fields_that_change_no_result_are_not_in_the_key() -> None:
+    assert {"engine", "batch_size"} <= set(Fisher.unkeyed)
+    assert "estimator" not in Fisher.unkeyed
+
+
+def test_a_pt_file_is_a_mask(tiny_llama: Path, tmp_path: Path) -> None:
+    """As a file, in a folder under any name, and for those who load it: always with weights_only."""
+    from hubforge.masks import load
+    from hubforge.tensors.reader import open_checkpoint
+
+    folder = tmp_path / "mask"
+    folder.mkdir()
+    values = torch.rand(3, 2)
+    torch.save({"model.layers.0.mlp.up_proj.weight": values}, folder / "fisher.pt")
+    for place in (folder, folder / "fisher.pt"):
+        with open_checkpoint(place, stem="fisher") as found:
+            assert torch.equal(found.read("model.layers.0.mlp.up_proj.weight"), values)
+    with load(folder) as mask:
+        assert torch.equal(mask["model.language_model.layers.0.mlp.up_proj.weight"], values)
+    (folder / "fisher.pt").rename(folder / "g4_fisher.pt")
+    with open_checkpoint(folder, stem="fisher") as found:
+        assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
+    torch.save({"a": Killed}, folder / "fisher.pt")
+    with pytest.raises(SourceError, match="weights_only"):
+        open_checkpoint(folder, stem="fisher")
+
+
+def test_the_replies_are_kept_for_a_run_that_goes_on(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = op(labels="response", max_new_tokens=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "run", lambda *_: killed())
+        with pytest.raises(Killed):
+            responses.run(context(tmp_path / "out", tiny_llama))
+    monkeypatch.setattr("hubforge.masks._losses.reply", lambda *_: pytest.fail("asked again"))
+    assert responses.run(context(tmp_path / "out", tiny_llama))["samples"] == 4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fisher.safetensors", "layer_importance.json"]
+
+
+def test_a_fisher_that_is_no_number_is_named(tiny_llama: Path) -> None:
+    """A finite loss whose gradient is not: the square root of a score that is exactly zero."""
+    model = load_model(tiny_llama, dtype=torch.float32)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(StepError, match=r"the Fisher of up is not finite after 1 samples"):
+        fisher(model, {"up": weight}, [Example([3, 4, 5])])
+
+
+def test_a_fisher_of_zeros_is_named(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, dtype=torch.float32)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(StepError, match=r"the Fisher of up is zero after 1 samples"):
+        fisher(model, {"up": weight}, [Example([3, 4, 5])])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"estimator": "token", "targets": "embed_tokens"}, "estimator: token, but model.embed_tokens.weight is not"),
+        ({"engine": "groups", "targets": "lm_head"}, "engine: groups covers weights of decoder layers only"),
+        ({"batch_size": 2, "targets": "embed_tokens"}, "batch_size is 2, but not every target is the weight of a lin"),
+    ],
+    ids=["token", "groups", "batch"],
+)
+def test_what_cannot_go_together_is_said_before_the_model_is_loaded(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(StepError, match=f"r.yaml:7: {message}"):
+        op(**fields).run(context(tmp_path / "out", tiny_llama))
+
+
+def test_the_preflight_finds_targets_that_match_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match=r"r.yaml:7: no matrix of the model matches targets 'q_porj'"):
+        op(targets="q_porj").preflight(context(tmp_path / "out", tiny_llama))

@@ -19,6 +19,7 @@ from hubforge.errors import StepError
 from hubforge.lab.gemma4 import text_settings
 from hubforge.lab.tiny import draw_weights
 from hubforge.masks import _engine, _targets
+from hubforge.masks._accumulators import Accumulators
 from hubforge.masks._engine import Run
 from hubforge.masks._layers import Layers, cuts
 from hubforge.masks._losses import Example, Losses
@@ -105,8 +106,8 @@ def loop(model: Any, names: list[str], reduction: str = "mean") -> dict[str, tor
 
 def run(model: Any, plan: Plan, folder: Path, targets: str | None = None, **how: Any) -> dict[str, torch.Tensor]:
     sums: dict[str, torch.Tensor] = {}
-    estimator = how.pop("estimator", "sequence")
-    made = Run(model, covered(model, targets), plan, EXAMPLES, Losses(**how), estimator=estimator, folder=folder)
+    more = {name: how.pop(name) for name in ("estimator", "device") if name in how}
+    made = Run(model, covered(model, targets), plan, EXAMPLES, Losses(**how), folder=folder, **more)
     made.run(lambda name, total, even, whole: sums.update({name: total.clone()}))
     return sums
 
@@ -292,3 +293,39 @@ def test_weights_that_accelerate_keeps_on_the_disk(tmp_path: Path) -> None:
         made = Run(sharded, weights, ENGINES[engine], EXAMPLES, Losses(), folder=tmp_path / engine)
         made.run(lambda name, total, even, whole, sums=sums: sums.update({name: total.clone()}))
         assert worst(sums, expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", [*ENGINES, "host", "host-batched"])
+@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4-moe"])
+def test_on_a_gpu_every_engine_agrees_with_a_loop_in_float64(name: str, engine: str, tmp_path: Path) -> None:
+    """With the sums in host memory or files they travel on a stream of their own, and are added up in a thread."""
+    model = build(name)
+    expected = loop(model, list(covered(model)))
+    model.to("cuda")
+    plan = ENGINES[engine.replace("host", "disk")]
+    plan = replace(plan, engine="host") if "host" in engine else plan
+    sums = run(model, plan, tmp_path, device="cuda")
+    assert all(total.is_cuda == (plan.where == "device") for total in sums.values())
+    # A GPU sums in another order than a CPU, so the gradients themselves differ by float32's rounding.
+    assert worst({name: total.cpu() for name, total in sums.items()}, expected) < (1e-5 if name == "llama" else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_what_travels_from_a_gpu_arrives_whole(where: Any, tmp_path: Path) -> None:
+    """More parcels than buffers, of different sizes, each overwritten on the device once it is on its way."""
+    shapes = {f"w{n}": (37 * n + 1, 64) for n in range(8)}
+    device = torch.device("cuda")
+    sums = Accumulators(shapes, dict.fromkeys(shapes, device), where, tmp_path / "sums")
+    for turn in range(20):
+        for name in shapes:
+            squares = sums.open(name, device)
+            squares.add_(turn)
+            sums.close(name, squares)
+            del squares
+    sums.settle()
+    for name, shape in shapes.items():
+        assert torch.equal(sums.tensors[name], torch.full(shape, float(sum(range(20)))))
+    sums.drop()
+    assert not (tmp_path / "sums").exists()
