@@ -384,6 +384,8 @@ class Upload:
     private: bool = False
     collection: str | None = None  # slug, or title, of the collection that the repository joins
     supersedes: tuple[str, ...] = ()  # repositories whose page then points to this one
+    take: Literal["ours", "theirs"] | None = None  # which card wins where people edited what hubforge wrote
+    prune: frozenset[str] = frozenset()  # paths that are not of this release and go all the same
 
 
 class Credentials(Protocol):

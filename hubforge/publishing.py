@@ -14,13 +14,15 @@ from hubforge.assemble import artifact_files
 from hubforge.errors import HubforgeError, PublishError
 from hubforge.events import Finished, Note, Report, Started, Warned
 from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publish._earlier import RELEASE_LIMIT
+from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal, journal_path
-from hubforge.publish._plan import RELEASE_LIMIT
 from hubforge.publish._release import publish_release
 from hubforge.publish._remote import Remote, Snapshot
 from hubforge.publish._sums import sums_text
-from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
+from hubforge.release import FILE_NAME, SUMS_NAME, CardRecord, File, Release, TargetRecord
 from hubforge.run import Runner
+from hubforge.sections import sections
 from hubforge.sources import hash_bytes
 from hubforge.store import disk_errors
 
@@ -46,7 +48,9 @@ def render(release: Release, name: str, *, siblings: Sequence[Release] = (), tem
     prefix = target.prefix
     own = {path: content for path, content in pages.items() if path.startswith(prefix)}
     listed = (*target.files, *(File(path=path, size=len(c), sha256=hash_bytes(c)) for path, c in own.items()))
-    target = target.model_copy(update={"files": tuple(sorted(listed, key=lambda file: file.path))})
+    written = pages["README.md"].decode()
+    wrote = CardRecord(front_matter=dict(read_front_matter(written)), sections=sections(written))
+    target = target.model_copy(update={"files": tuple(sorted(listed, key=lambda file: file.path)), "card": wrote})
     targets = tuple(target if other.name == name else other for other in release.targets)
     named = release.model_copy(update={"targets": targets, "target": name})
     text = json.dumps(named.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False) + "\n"

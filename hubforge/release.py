@@ -122,6 +122,14 @@ class GateRecord(Record):
     """value - threshold, signed so that a negative margin fails."""
 
 
+class CardRecord(Record):
+    """What hubforge wrote on the page of a target: people may write around it, and their text is not in here."""
+
+    front_matter: dict[str, Any] = Field(default_factory=dict)
+    sections: dict[str, str] = Field(default_factory=dict)
+    """sha256 of each section's text by its name, as `hubforge.sections.digest` takes it."""
+
+
 class TargetRecord(Record):
     """One repository (or one folder of one) that the release is published to."""
 
@@ -136,7 +144,8 @@ class TargetRecord(Record):
     entries: tuple[str, ...] = ()
     """Full names of the steps (or sources) whose files are pushed."""
     files: tuple[File, ...] = ()
-    """Paths in the repository, README and pictures included; not the release file and SHA256SUMS themselves."""
+    """Paths in the repository, README (as rendered) and pictures included; not the release file and SHA256SUMS."""
+    card: CardRecord | None = None
 
     @property
     def prefix(self) -> str:

@@ -15,7 +15,7 @@ from hubforge import marks
 from hubforge.errors import HubforgeError, SourceError, VerifyError
 from hubforge.events import Report
 from hubforge.op import Hub
-from hubforge.publish._plan import RELEASE_LIMIT, release_path
+from hubforge.publish._earlier import RELEASE_LIMIT, release_path
 from hubforge.publish._remote import Remote
 from hubforge.release import Release, SourceRecord, StepRecord
 from hubforge.store import write_json

@@ -146,7 +146,8 @@ def print_push(changes: Sequence[PushPlan]) -> None:
         for path in change.kept:
             console.print(f"  = {escape(path)}  [dim]changed on the Hub since; left alone[/dim]", soft_wrap=True)
         left = f"{some(len(change.unchanged), 'file')} unchanged"
-        left += f", {change.foreign} not ours" if change.foreign else ""
+        others = len(change.foreign) + change.others
+        left += f", {others} not ours" if others else ""
         tag = f", tag {change.tag}" if change.tag_change == "create" else ""
         console.print(f"  [dim]{left}; {size(change.upload_bytes)} to upload{escape(tag)}[/dim]")
 

@@ -16,16 +16,18 @@ from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Progress, Report, silent
 from hubforge.op import Hub
 from hubforge.publish._access import is_local
+from hubforge.publish._card import CARD_LIMIT
+from hubforge.publish._earlier import RELEASE_LIMIT, find_target, release_path
 from hubforge.publish._explain import HubError
 from hubforge.publish._front_matter import front_matter_faults
 from hubforge.publish._paths import path_fault, repo_fault, shown
-from hubforge.publish._plan import RELEASE_LIMIT, find_target, release_path
 from hubforge.publish._remote import Remote, RemoteFile
 from hubforge.publish._sums import read_sums
+from hubforge.publish._vouched import by_hand_notes, vouched_faults
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
+from hubforge.sections import is_by_hand, keys_by_hand
 
 SUMS_LIMIT = 8 << 20  # bytes
-CARD_LIMIT = 8 << 20
 _CARD = "README.md"
 _SHOWN_FAULTS = 200
 
@@ -223,6 +225,8 @@ class _Check:
     def compare(self, meter: _Meter) -> None:
         """Fill `faults` with a line for everything that is not as the release says."""
         for file in self.files.values():
+            if file.path == _CARD and self.target.card is not None:
+                continue  # people may have written on it: its sections are compared
             fault = self._file_fault(file, meter)
             if fault and self.folder and file.path == _CARD:
                 self.card_differs = fault  # shared by the folders: judged once all were seen
@@ -314,7 +318,7 @@ class _Check:
         expected = {
             file.path.removeprefix(self.prefix): file.sha256
             for file in self.files.values()
-            if file.path.startswith(self.prefix)
+            if file.path.startswith(self.prefix) and file.path != _CARD
         }
         for name in sorted(expected.keys() | listed.keys()):
             if name not in listed:
@@ -325,17 +329,31 @@ class _Check:
                 self.faults.append(f"{path}: has another sha256 for {shown(name)} than the release")
 
     def _compare_card(self) -> None:
-        """The front matter of the card must say what the release says."""
-        file = self.files.get(_CARD)
-        there = self.tree.get(_CARD)
-        if file is None or there is None or there.size != file.size or self.card_differs:
+        """What hubforge wrote on the card must be what the release says; what people wrote is only noted."""
+        file, there, record = self.files.get(_CARD), self.tree.get(_CARD), self.target.card
+        if record is None and (file is None or there is None or there.size != file.size or self.card_differs):
             return  # not part of the release, or already told
+        if there is None:
+            self.faults.append(f"{_CARD}: missing")
+            return
         try:
-            text = _bounded(self.remote, _CARD, self.commit, CARD_LIMIT).decode("utf-8")
+            data = _bounded(self.remote, _CARD, self.commit, CARD_LIMIT)
+            text = data.decode("utf-8")
         except (UnicodeDecodeError, VerifyError) as error:
             self.faults.append(f"{_CARD}: {error.what if isinstance(error, VerifyError) else 'is not UTF-8'}")
             return
-        self.faults += [f"{_CARD}: {fault}" for fault in front_matter_faults(text, self.release)]
+        notes = by_hand_notes(text) if record is not None else []
+        self.notes += notes
+        if record is not None:
+            self.downloaded += 1
+            if is_by_hand(text):
+                return
+            wrong = [f"{_CARD}: {fault}" for fault in vouched_faults(text, record)]
+            if self.folder and wrong:
+                self.card_differs = "; ".join(wrong)  # shared by the folders: judged once all were seen
+                return
+            self.faults += wrong
+        self.faults += [f"{_CARD}: {fault}" for fault in front_matter_faults(text, self.release, keys_by_hand(text))]
 
     def _where(self) -> str:
         return f"{self.remote.repo}@{self.commit} on {self.remote.hub.endpoint}"
@@ -362,7 +380,7 @@ def _card_faults(checks: list[_Check], *, whole: bool) -> Iterator[str]:
     if not whole:
         for check in differing:
             check.notes.append(f"{_CARD} is of another folder's release; it was not compared")
-    elif len(differing) == sum(_CARD in check.files for check in checks):
+    elif len(differing) == sum(_CARD in check.files or check.target.card is not None for check in checks):
         yield f"{differing[0].card_differs} (and no other release in this repository has it either)"
     else:
         for check in differing:

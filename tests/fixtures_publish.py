@@ -14,8 +14,10 @@ from huggingface_hub.utils._http import default_client_factory
 
 from hubforge.hub import HubSettings, LocalHub
 from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._sums import sums_text
-from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
+from hubforge.release import FILE_NAME, SUMS_NAME, CardRecord, File, Release, TargetRecord
+from hubforge.sections import sections
 
 TOKEN = "hf_secretsecretsecretsecret"
 
@@ -79,6 +81,7 @@ def make_upload(tmp_path: Path) -> MakeUpload:
                     repo=repo,
                     folder=folder,
                     files=tuple(File(path=one.path, size=one.size, sha256=one.sha256) for one in uploads),
+                    card=_record(card),
                 ),
             ),
             target=target,
@@ -88,6 +91,12 @@ def make_upload(tmp_path: Path) -> MakeUpload:
         return Upload(target, repo, tuple(uploads), "Publish test", folder, tag, private)
 
     return make
+
+
+def _record(card: str) -> CardRecord | None:
+    """What the release file says of a card that has marked sections."""
+    found = sections(card)
+    return CardRecord(front_matter=dict(read_front_matter(card)), sections=found) if found else None
 
 
 class Requests(list[str]):

@@ -107,7 +107,7 @@ def test_files_of_others_are_listed_and_are_no_fault(hub: Hub, make_upload: Make
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (b"", "SHA256SUMS: does not list README.md"),
+        (b"", "SHA256SUMS: does not list config.json"),
         (b"nonsense\n", "SHA256SUMS: line 1 is not"),
         (b"\xff\n", "SHA256SUMS: 'utf-8' codec can't decode"),
         (b"0" * 64 + b"  evil.bin\n", "SHA256SUMS: lists evil.bin, which the release does not"),
@@ -332,7 +332,7 @@ def test_the_release_file_is_found_by_its_target_when_several_share_a_repository
         target="weights",
     )
     text = both.model_dump_json().encode()
-    sums = f"{digest(card)}  README.md\n{digest(content)}  config.json\n".encode()
+    sums = f"{digest(content)}  config.json\n".encode()
     contents = {"config.json": content, "README.md": card, "hubforge.release.json": text, "SHA256SUMS": sums}
     uploads = tuple(UploadFile(path, data, len(data), digest(data)) for path, data in contents.items())
     push(Upload("weights", "me/model", uploads, "m"), hub, silent)

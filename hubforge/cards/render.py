@@ -20,6 +20,7 @@ from hubforge.cards.pictures import results_picture
 from hubforge.cards.pipeline import pipeline_picture
 from hubforge.errors import HubforgeError
 from hubforge.release import FILE_NAME, SUMS_NAME, Release
+from hubforge.sections import wrap, wrap_rest
 
 README = "README.md"
 _SECTION = re.compile(r"sections/(\d+-[\w-]+?)(?:\.(model|adapter|mask|gguf))?\.md\.j2")
@@ -114,11 +115,20 @@ def _page(
 
     def sections(leave_out: Sequence[str] = ()) -> str:
         found = _sections(environment.list_templates(), kind)
-        parts = [_render(environment, path, names).strip() for name, path in found if name not in leave_out]
-        return "\n\n".join(part for part in parts if part)
+        parts = [(name, _render(environment, path, names).strip()) for name, path in found if name not in leave_out]
+        return "\n".join(wrap(name, tidy(part)) for name, part in _distinct(parts) if part)
 
     page = _render(environment, f"{kind}.md.j2", {**names, "sections": sections})
-    return tidy(page)
+    return tidy(wrap_rest(tidy(page)))
+
+
+def _distinct(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those sections, with a number behind a name that was there already."""
+    names = [name for name, _ in parts]
+    return [
+        (f"{name}-{before + 1}" if (before := names[:index].count(name)) else name, text)
+        for index, (name, text) in enumerate(parts)
+    ]
 
 
 def tidy(page: str) -> str:

@@ -7,7 +7,8 @@ gigabytes), and compared; nothing of it is rendered.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from hubforge.publish._paths import shown
@@ -17,13 +18,19 @@ _LIMIT = 128 << 10  # characters; PyYAML takes about a second for as much
 _RELATIONS = ("adapter", "merge", "quantized", "finetune")  # huggingface.co/docs/hub/model-cards, "base_model_relation"
 
 
-def front_matter_faults(card: str, release: Release) -> Iterator[str]:
-    """One line for each thing in a card's front matter that is not well formed, or that the release contradicts."""
+def front_matter_faults(card: str, release: Release, by_hand: Collection[str] = ()) -> Iterator[str]:
+    """One line for each thing in a card's front matter that is not well formed, or that the release contradicts.
+
+    by_hand: keys that people keep themselves, which are not compared.
+    """
     try:
         front = read_front_matter(card)
     except ValueError as error:
         yield str(error)
         return
+    if "license" in by_hand:
+        release = release.model_copy(update={"license": None})
+    front = {key: value for key, value in front.items() if key not in by_hand}
     yield from _license_faults(front, release)
     yield from _base_faults(front, release)
     yield from _result_faults(front, release)
@@ -33,19 +40,13 @@ def read_front_matter(card: str) -> Mapping[str, Any]:
     """The front matter of a card; ValueError when it has none, or none that is a YAML mapping without aliases."""
     import yaml
 
-    class Plain(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it uses an alias")
-            return super().compose_node(parent, index)
-
-    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", card, re.DOTALL | re.MULTILINE)
+    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t\r]*$", card, re.DOTALL | re.MULTILINE)
     if match is None:
         raise ValueError("has no front matter between two lines of ---")
     if len(match[1]) > _LIMIT:
         raise ValueError(f"has front matter of {len(match[1]):,} characters, but {_LIMIT:,} are plenty")
     try:
-        front = yaml.load(match[1], Plain)
+        front = yaml.load(match[1], plain_yaml())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"has front matter that cannot be read: {shown(' '.join(str(error).split()))}") from error
     if not isinstance(front, dict):
@@ -53,7 +54,22 @@ def read_front_matter(card: str) -> Mapping[str, Any]:
     return front
 
 
-def _told(value: object) -> str:
+@cache
+def plain_yaml() -> Any:
+    """A YAML loader for plain data that refuses aliases."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it uses an alias")
+            return super().compose_node(parent, index)
+
+    return Plain
+
+
+def told(value: object) -> str:
+    """A value of a front matter in few words, safe to print."""
     return shown(repr(value)) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -65,7 +81,7 @@ def _license_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]
     """A licence the Hub has no word for is written `other`, with its name beside it."""
     said = front.get("license_name") if front.get("license") == "other" else front.get("license")
     if release.license and _slug(said or front.get("license")) != _slug(release.license):
-        yield f"says license {_told(said)}, but the release has {shown(release.license)}"
+        yield f"says license {told(said)}, but the release has {shown(release.license)}"
 
 
 def _base_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
@@ -74,10 +90,10 @@ def _base_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
     bases = front.get("base_model")
     for base in [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []:
         if not isinstance(base, str) or base not in known:
-            yield f"says base_model {_told(base)}, which the release does not know"
+            yield f"says base_model {told(base)}, which the release does not know"
     relation = front.get("base_model_relation")
     if relation is not None and not (isinstance(relation, str) and relation in _RELATIONS):
-        yield f"says base_model_relation {_told(relation)}, but the Hub knows {', '.join(_RELATIONS)}"
+        yield f"says base_model_relation {told(relation)}, but the Hub knows {', '.join(_RELATIONS)}"
 
 
 def _result_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
@@ -90,7 +106,7 @@ def _result_faults(front: Mapping[str, Any], release: Release) -> Iterator[str]:
             for metric in _list(_get(result, "metrics")):
                 name, value = _get(metric, "type"), _get(metric, "value")
                 if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
-                    yield f"has a result of {_told(name)} that is no number: {_told(value)}"
+                    yield f"has a result of {told(name)} that is no number: {told(value)}"
                 elif not any(abs(value - known) <= 5e-7 for known in measured.get(name, ())):
                     yield f"says {shown(name)} is {value}, which the release did not measure"
 

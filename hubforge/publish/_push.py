@@ -91,13 +91,18 @@ def push_straight(job: Job, remote: Remote, journal: Journal, seen: Snapshot | N
     if commit is None:
         raise nothing_to_publish(job)
     if changes_files(first):
-        read_back(job, first, commit, remote.tree(commit), remote, known, "Nothing was tagged.")
+        read_back(job, plans, commit, remote.tree(commit), remote, known, "Nothing was tagged.")
     put_tags(job, plans, commit, remote, journal)
     return job.result(first, commit, remote.endpoint, created=created)
 
 
 def changes_files(plans: Iterable[PushPlan]) -> bool:
     return any(plan.changes_files for plan in plans)
+
+
+def planned_files(plans: Iterable[PushPlan]) -> tuple[UploadFile, ...]:
+    """What the repository is to hold by those plans: the card in it has what people wrote, unlike the job's."""
+    return tuple(file for found in plans for file in found.upload.files)
 
 
 def nothing_to_publish(job: Job) -> PublishError:
@@ -135,7 +140,7 @@ def uploaded(
     """The operations of the commit that the plans ask for, with all large files uploaded; and what counted them."""
     from huggingface_hub import CommitOperationDelete
 
-    by_path = {file.path: file for file in job.files}
+    by_path = {file.path: file for file in planned_files(plans)}
     files = [by_path[file.path] for found in plans for file in (*found.added, *found.replaced)]
     card = next((file for file in files if file.path == "README.md"), None)
     if card is not None:
@@ -215,7 +220,7 @@ def read_back(
     state: str,
 ) -> None:
     """VerifyError unless that tree holds every file of the job and nothing that was to go. state: what was not done."""
-    faults = list(differences(job.files, tree, known))
+    faults = list(differences(planned_files(done), tree, known))
     faults += [
         f"{file.path}: was deleted, but is still there" for plan in done for file in plan.deleted if file.path in tree
     ]

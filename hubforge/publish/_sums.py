@@ -29,13 +29,14 @@ def sums_text(files: Iterable[Digested], folder: str | None = None) -> str:
     """The text of SHA256SUMS for those files, sorted by path; with `folder`, as it lies in that folder.
 
     Paths are relative to where the file lies. In a folder, what is outside it (the card at the root, which the
-    folders of a repository share) is left out, and so is SHA256SUMS itself.
+    folders of a repository share) is left out, and so is SHA256SUMS itself. So is the card wherever it lies: people
+    edit it on the Hub, and a download must check out all the same.
     """
     prefix = f"{folder}/" if folder else ""
     lines: dict[str, str] = {}
     for file in files:
         path = file.path.removeprefix(prefix)
-        if not file.path.startswith(prefix) or path == SUMS_NAME:
+        if not file.path.startswith(prefix) or path in (SUMS_NAME, "README.md"):
             continue
         if fault := path_fault(path):
             raise ValueError(f"the path {file.path!r} {fault}")

@@ -135,7 +135,8 @@ def _structure(release: Release, sibling: Release, target: str, words: str) -> l
     page = render(_spoil(release, words), target, siblings=siblings)["README.md"].decode()
     for token in PARSER.parse(page.split("---\n", 2)[2]):
         if token.type == "html_block":
-            assert re.fullmatch(r"</?details>\s*(<summary>[^<]*</summary>\s*)?", token.content)
+            marks = r"(<!-- /?hubforge[^<>]* -->\s*)+"
+            assert re.fullmatch(rf"{marks}|</?details>\s*(<summary>[^<]*</summary>\s*)?", token.content)
         found.append(token.type)
         # Inline code that holds a pipe or a backtick is HTML; both count as code.
         kinds = [child.type for child in token.children or () if child.type in ("link_open", "image", "strong_open")]

@@ -15,7 +15,8 @@ from hubforge.hub.storage import releases
 from hubforge.hub.storage.releases import FILE_NAME, releases_of
 from hubforge.hub.storage.shelf import Shelf
 from hubforge.release import FILE_NAME as WRITTEN_NAME
-from hubforge.release import File, Release, TargetRecord
+from hubforge.release import CardRecord, File, Release, TargetRecord
+from hubforge.sections import sections, wrap
 
 FILES = {"README.md": b"# Poet\n", "config.json": b"{}", "model.safetensors": b"\0" * 5000}
 
@@ -25,7 +26,8 @@ def release(files: dict[str, bytes], name: str = "poet") -> bytes:
     records = tuple(
         File(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in files.items()
     )
-    target = TargetRecord(name="weights", kind="model", repo="me/model", files=records)
+    written = CardRecord(sections=sections(files.get("README.md", b"").decode()))
+    target = TargetRecord(name="weights", kind="model", repo="me/model", files=records, card=written)
     other = TargetRecord(name="quants", kind="gguf", repo="me/other", files=(File(path="x", size=1, sha256="0" * 64),))
     made = Release(hubforge="0", name=name, recipe_file="r.yaml", recipe="", targets=(other, target), target="weights")
     return made.model_dump_json().encode()
@@ -52,6 +54,16 @@ def test_digests_match_and_then_differ(local_hub: LocalHub, api: HfApi, repo: st
     assert "digests differ: README.md, model.safetensors</p>" in page(local_hub, repo)
     api.delete_file("config.json", repo)
     assert "digests differ: README.md, config.json, model.safetensors</p>" in page(local_hub, repo)
+
+
+def test_people_may_write_on_a_card_but_not_in_what_was_generated(local_hub: LocalHub, api: HfApi, repo: str):
+    card = wrap("title", "# Poet").encode()
+    files = {**FILES, "README.md": card}
+    push(api, repo, {**files, FILE_NAME: release(files)})
+    push(api, repo, {"README.md": card + b"\nLoved by all.\n"})
+    assert "release poet, 3 files, digests match" in page(local_hub, repo)
+    push(api, repo, {"README.md": card.replace(b"# Poet", b"# Better poet")})
+    assert "digests differ: README.md</p>" in page(local_hub, repo)
 
 
 def test_each_folder_of_masks_has_its_own(local_hub: LocalHub, api: HfApi, repo: str):

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from hubforge.hub.storage.repository import Repository
 from hubforge.hub.storage.tree import Entry, Tree
+from hubforge.sections import digest, is_by_hand, split
 
 FILE_NAME: Final = "hubforge.release.json"
+_CARD: Final = "README.md"
 _MAX_FILE, _MAX_FILES, _MAX_RELEASES = 8 << 20, 10_000, 20
 _MAX_HASHED: Final = 64 << 20  # Bytes read for one page. LFS files are not read: their digest is their name.
 _NAMED: Final = 5  # Differing files that are named.
@@ -53,13 +55,15 @@ def _status(repo: Repository, tree: Tree, path: str, budget: list[int]) -> Relea
     if entry.size > _MAX_FILE:
         return ReleaseStatus(path, problem="too large to be read here")
     try:
-        name, files = _read(repo.path_of(entry))
+        name, files, sections = _read(repo.path_of(entry))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return ReleaseStatus(path, problem="not a release file")
     differ, unchecked = [], 0
     for each, (size, sha256) in sorted(files.items()):
         held = tree.files.get(each)
-        if held is None or held.size != size:
+        if each == _CARD and sections and held is not None and held.size <= _MAX_FILE:
+            differ += [] if _is_as_written(repo.path_of(held), sections) else [each]
+        elif held is None or held.size != size:
             differ.append(each)
         elif (digest := _digest(repo, held, budget)) is None:
             unchecked += 1
@@ -69,8 +73,8 @@ def _status(repo: Repository, tree: Tree, path: str, budget: list[int]) -> Relea
 
 
 @lru_cache(maxsize=128)
-def _read(path: Path) -> tuple[str, Mapping[str, tuple[int, str]]]:
-    """The release's name, and size and sha256 of each file of the target that this repository is."""
+def _read(path: Path) -> tuple[str, Mapping[str, tuple[int, str]], Mapping[str, str]]:
+    """The release's name; of the target that this repository is: size and sha256 of each file, and of card sections."""
     with path.open("rb") as handle:
         data: Any = json.loads(handle.read(_MAX_FILE))
     targets = {target["name"]: target for target in data["targets"]}
@@ -78,7 +82,20 @@ def _read(path: Path) -> tuple[str, Mapping[str, tuple[int, str]]]:
     if not isinstance(files, list) or len(files) > _MAX_FILES:
         raise ValueError("files")
     wanted = {str(file["path"]): (int(file["size"]), str(file["sha256"])) for file in files}
-    return str(data["name"])[:100], wanted
+    written = (targets[data["target"]].get("card") or {}).get("sections") or {}
+    return str(data["name"])[:100], wanted, {str(name): str(sha256) for name, sha256 in written.items()}
+
+
+def _is_as_written(card: Path, wanted: Mapping[str, str]) -> bool:
+    """Whether the sections that hubforge wrote are as they were; people may write around them."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if is_by_hand(text):
+        return True
+    found = {piece.name: piece for piece in split(text)[1] if piece.name}
+    return all(
+        name in found and (found[name].by_hand or (digest(found[name].text) == sha256 and not found[name].damaged))
+        for name, sha256 in wanted.items()
+    )
 
 
 def _digest(repo: Repository, entry: Entry, budget: list[int]) -> str | None:

@@ -1,0 +1,57 @@
+"""What of a published card its release file vouches for, compared: sections and front matter, not what people wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hubforge.publish._front_matter import read_front_matter, told
+from hubforge.publish._merge import LISTS, same
+from hubforge.publish._paths import shown
+from hubforge.release import CardRecord
+from hubforge.sections import digest, is_by_hand, keys_by_hand, split
+
+
+def vouched_faults(card: str, record: CardRecord) -> Iterator[str]:
+    """One line for each section and each key of the front matter that is not as the release file says."""
+    head, pieces = split(card)
+    there = {piece.name: piece for piece in pieces if piece.name}
+    for name, sha256 in record.sections.items():
+        piece = there.get(name)
+        if piece is None:
+            yield f"the section {shown(name)} is missing"
+        elif not piece.by_hand and (piece.damaged or digest(piece.text) != sha256):
+            yield f"the section {shown(name)} is not as it was published"
+    for name, piece in there.items():
+        if name not in record.sections and not piece.by_hand:
+            yield f"has a section {shown(name)} that was not published"
+    try:
+        front = read_front_matter(head) if head else {}
+    except ValueError as error:
+        yield str(error)
+        return
+    kept = keys_by_hand(card)
+    for key, value in record.front_matter.items():
+        found = front.get(key)
+        if key in kept or same(found, value):
+            continue
+        if key in LISTS and isinstance(value, list):
+            lost = [entry for entry in value if entry not in (found if isinstance(found, list) else [found])]
+            if lost:
+                yield f"{shown(key)} in the front matter lacks {', '.join(told(entry) for entry in lost)}"
+        elif key not in front:
+            yield f"{shown(key)} is missing from the front matter"
+        else:
+            yield f"says {shown(key)} {told(found)}, but the release has {told(value)}"
+
+
+def by_hand_notes(card: str) -> list[str]:
+    """What people keep themselves, so that nobody vouches for it: a line each."""
+    if is_by_hand(card):
+        return ["README.md is kept by hand; the release does not vouch for it"]
+    kept = [piece.name for piece in split(card)[1] if piece.by_hand]
+    notes = [f"README.md: the section {shown(name)} is kept by hand" for name in kept]
+    if keys := keys_by_hand(card):
+        notes.append(f"README.md: kept by hand in the front matter: {shown(', '.join(keys))}")
+    if any(not piece.name and piece.raw.strip() for piece in split(card)[1]):
+        notes.append("README.md holds text between the sections that the release does not vouch for")
+    return notes
