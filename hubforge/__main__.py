@@ -1,0 +1,5 @@
+"""`python -m hubforge` is `hubforge`."""
+
+from hubforge.cli import main
+
+main()
