@@ -5,6 +5,7 @@ Their repositories stand on the embedded Hub with the right kinds of files and n
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,6 +14,7 @@ from hubforge.op import Hub, Settings
 from hubforge.reporters import Quiet
 from hubforge.session import Session
 from hubforge.store import LocalStore
+from hubforge.tensors.projection import Projection
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -40,3 +42,22 @@ def test_locked_recipes_plan_without_network(name, steps, local_hub, source_fold
     local_hub.close()
     assert len(session.plan(None).to_make()) == steps
     session.check(online=False)
+
+
+@pytest.mark.parametrize("style", ["prose", "dialogue", "terse"])
+def test_the_protection_recipe_compares_like_with_like(style):
+    """Each projection at two ranks, and nothing but the protection differs between the adapters of a style."""
+    loaded = recipe.load(RECIPES / "lab" / "protection.yaml")
+    ops = {name: node.op for name, node in loaded.nodes.items()}
+    adapters = {name: op for name, op in ops.items() if name.startswith(f"adapters.{style}-")}
+    masked = {(how, f"core-{k}") for how in get_args(Projection) for k in (16, 64)}
+    controls = {("two_sided", f"random-{k}") for k in (16, 64)} | {("none", "core-64")}
+    assert {(op.projection, op.protect) for op in adapters.values()} == masked | controls
+    assert len(adapters) == len(masked | controls)
+    own = {"projection", "protect", "strength"}
+    assert len({op.model_dump_json(exclude=own) for op in adapters.values()}) == 1
+    folded = {name: op for name, op in ops.items() if name.startswith(f"stages.{style}-with-")}
+    assert len({op.model_dump_json(exclude={"adapters", "protect"}) for op in folded.values()}) == 1
+    assert {f"adapters.{op.adapters[0]}" for op in folded.values() if op.protect is None} == set(adapters)
+    asked = {name for name in ops if name.startswith(f"evals.follows/{style}-")}
+    assert len(asked) == len(folded) == len(adapters) + 2
