@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,20 +37,29 @@ from hubforge.store import LocalStore
 RECIPE = Path("recipes/lab/protection.yaml")
 STYLES = ("prose", "dialogue", "terse")
 METRIC = "prompt_level_strict_acc"
+PLANNING = threading.Lock()  # Planning writes down the digests it took, under a name of this process.
+# Steps that a process makes in one go, those that matter most first: what a stopped run has is then worth a look.
+BATCHES = (
+    ("none", "two-sided-64", "published-64", "random-64", "projected-64", "two-sided-16"),
+    ("published-16", "core-64", "left-64", "right-64", "scale-64", "random-16"),
+    ("core-16", "left-16", "right-16", "scale-16", "projected-16"),
+)
 
 
 def hubforge(folder: Path, *arguments: str) -> str:
     """One command on one thread, in its own process, logged beside the family; "" or what it said at last."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "hubforge", "--offline", "--device", "cpu", *arguments]
-    with (folder / "log.txt").open("a") as log:
+    log_file = folder / "logs" / f"{arguments[-1].replace('/', '-') if arguments[0] == 'run' else arguments[0]}.txt"
+    log_file.parent.mkdir(exist_ok=True)
+    with log_file.open("a") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    tail = (folder / "log.txt").read_text().splitlines()[-6:]
+    tail = log_file.read_text().splitlines()[-6:]
     return "\n".join([f"hubforge {' '.join(arguments)}: exit {done.returncode}", *tail]) if done.returncode else ""
 
 
 def run(work: Path, seeds: Sequence[int], jobs: int, only: Sequence[str]) -> None:
-    """Make every family, then every step; the steps of a style are two jobs, so that many cores have work."""
+    """Make every family, then every step, batch by batch: all seeds come to the same point at the same time."""
     folders = {seed: work / f"seed-{seed}" for seed in seeds}
 
     def begin(seed: int) -> None:
@@ -68,7 +78,7 @@ def run(work: Path, seeds: Sequence[int], jobs: int, only: Sequence[str]) -> Non
             problem = hubforge(folders[seed], "run", str(folders[seed] / RECIPE), *names)
             left = [name for name in names if make_plan(folders[seed]).steps[name].status != "cached"]
             collect(work, seed)
-            if not problem:
+            if not problem or not left:
                 return
             # One that cannot be made, such as one that does not reach the gain, must not hold up the others.
             sys.stderr.write(f"seed {seed}, {left[0]}: {problem}\n")
@@ -76,13 +86,12 @@ def run(work: Path, seeds: Sequence[int], jobs: int, only: Sequence[str]) -> Non
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(begin, seeds))
-        parts = []
-        for seed in seeds:
-            names = [name for name in make_plan(folders[seed]).steps if name.startswith("evals.follows/")]
-            for style in STYLES:
-                mine = [name for name in names if name.startswith(f"evals.follows/{style}-")]
-                mine = [name for name in mine if not only or any(word in name for word in only)]
-                parts += [(seed, mine)] if jobs < 4 else [(seed, mine[0::2]), (seed, mine[1::2])]
+        parts = [
+            (seed, [f"evals.follows/{style}-with-{variant}" for variant in batch if not only or variant in only])
+            for batch in BATCHES
+            for seed in seeds
+            for style in STYLES
+        ]
         list(pool.map(work_on, [part for part in parts if part[1]]))
 
 
@@ -93,7 +102,8 @@ def need(problem: str) -> None:
 
 def make_plan(folder: Path) -> Any:
     path = folder / RECIPE
-    return make(recipes.load(path), LocalStore(default_store(path)))
+    with PLANNING:
+        return make(recipes.load(path), LocalStore(default_store(path)))
 
 
 def collect(work: Path, seed: int) -> None:
@@ -133,8 +143,9 @@ def collect(work: Path, seed: int) -> None:
     }
     target = work / "results" / f"seed-{seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}").write_text(json.dumps(found, indent=1) + "\n")
-    max(target.parent.glob(f"seed-{seed}.[0-9]*"), key=lambda path: path.stat().st_mtime_ns).replace(target)
+    part = target.with_suffix(f".{time.monotonic_ns()}")  # Threads may collect one seed at the same time.
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(target)
 
 
 def share(answers: str) -> float:
@@ -240,12 +251,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="families 0 to N-1")
     parser.add_argument("--first", type=int, default=0, help="the first of the seeds to run")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, a thread each")
-    parser.add_argument("--only", nargs="*", default=[], help="words, one of which a step to run must have in its name")
-    parser.add_argument("--table", action="store_true", help="run nothing: print the table of WORK/results")
+    parser.add_argument("--only", nargs="*", default=[], help="only these ways, such as none two-sided-64")
+    parser.add_argument("--table", action="store_true", help="run nothing: print the table of what is made")
     given = parser.parse_args()
     work = given.work.absolute()
     if not given.table:
         run(work, range(given.first, given.seeds), given.jobs, given.only)
+    for folder in work.glob("seed-*/.hubforge"):
+        collect(work, int(folder.parent.name.removeprefix("seed-")))
     results = [json.loads(path.read_text()) for path in sorted((work / "results").glob("seed-*.json"))]
     if not results:
         raise SystemExit(f"nothing in {work / 'results'} yet")
