@@ -64,8 +64,9 @@ class Lora(Op):
     )
     importance: MaskRef | None = Field(
         None,
-        description="A Fisher mask of the model: layer l learns at learning_rate · (1 − F_l), F_l the minmax over "
-        "layers of their Fisher sums. (A scale on gradients would do nothing: Adam divides it out.)",
+        description="A mask made by `layers`, or a Fisher mask of the model, whose sums are then brought to [0, 1] by "
+        "minmax: layer l learns at learning_rate · (1 − F_l). (A scale on gradients would do nothing: Adam divides it "
+        "out.)",
     )
     importance_floor: float = Field(
         0.0, ge=0, le=1, description="The least share of the learning rate that a layer keeps under `importance`."
@@ -315,14 +316,20 @@ class Lora(Op):
 
 
 def _one_process(where: str) -> None:
-    """Refuse what has not been shown to hold: factors that are sharded or averaged between processes."""
+    """Refuse what has not been shown to hold: factors that are sharded, or steps that several processes take."""
     several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
-    if several or sharded or deepspeed:
+    if sharded or deepspeed:
+        what = f"op lora does not train under {'FSDP' if sharded else 'DeepSpeed'}"
+        why = "Each process holds a slice of A and B there, and no slice can be projected by itself."
+    elif several:
         what = "op lora trains in one process on one device, and was started by a launcher of several"
-        mend = (
-            "Under FSDP and DeepSpeed each process holds a slice of A and B, and no slice can be projected by itself. "
-            "Run hubforge without `accelerate launch` or `torchrun`; raise gradient_accumulation_steps instead."
-        )
-        raise StepError(what, where=where, mend=mend)
+        why = "Each of them would run the whole recipe and write the same artifacts."
+    else:
+        return
+    mend = (
+        f"{why} Run hubforge without `accelerate launch` or `torchrun`; for a larger batch raise "
+        "gradient_accumulation_steps, for less memory leave gradient_checkpointing on."
+    )
+    raise StepError(what, where=where, mend=mend)

@@ -11,6 +11,7 @@ from hubforge.cards.lineage import Lineage
 from hubforge.cards.markdown import code, linkify, prose, text
 from hubforge.cards.numbers import big_count, count, share, short, size
 from hubforge.cards.results import show_field
+from hubforge.cards.training import leak, loss_path, loss_picture
 from hubforge.release import StepRecord
 
 Row = dict[str, str]
@@ -29,6 +30,8 @@ class StepView:
     fields: tuple[Row, ...]
     facts: tuple[str, ...]
     gain: bool  # whether a fact is the effective gain, which needs a word of explanation
+    leak: bool  # likewise the leak
+    loss: str  # path of the picture of its loss; "" for none
     source: str
 
 
@@ -61,6 +64,8 @@ def step_view(lineage: Lineage, step: StepRecord) -> StepView:
         fields=tuple(field_rows(lineage, step)),
         facts=tuple(step_facts(step)),
         gain=bool(step.metrics.get("gain")),
+        leak=bool(leak(step.metrics.get("leak"))),
+        loss=loss_path(lineage, step) if loss_picture(step.metrics, "") else "",
         source=linkify(step.method_source),
     )
 
@@ -133,12 +138,16 @@ _FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("tensors", "{} tensors", count),
     ("changed", "{} of them changed", count),
     ("matrices", "{} matrices", lambda value: count(len(value)) if isinstance(value, (list, dict)) else count(value)),
+    ("modules", "{} modules adapted", count),
     ("samples", "{} samples", count),
     ("truncated", "{} of them truncated", _some),
     ("skipped", "{} skipped", _some),
     ("tokens", "{} tokens", big_count),
     ("steps", "{} steps", count),
     ("loss", "loss {}", lambda value: text(short(value))),
+    ("eval_loss", "loss {} on held-out rows", lambda value: text(short(value))),
+    ("best_step", "kept from step {}", count),
+    ("leak", "leak {}", leak),
     ("final_loss", "final loss {}", lambda value: text(short(value))),
     ("reliability", "split-half reliability {}", _spread(lambda value: text(short(value, 3)))),
     ("energy_captured", "energy captured {}", _spread(share)),

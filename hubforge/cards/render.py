@@ -18,6 +18,7 @@ from hubforge.cards.licenses import bearing_licenses, check_license, inherited_l
 from hubforge.cards.lineage import Lineage, find_target
 from hubforge.cards.pictures import results_picture
 from hubforge.cards.pipeline import pipeline_picture
+from hubforge.cards.training import training_pictures
 from hubforge.errors import HubforgeError
 from hubforge.release import FILE_NAME, SUMS_NAME, Release
 from hubforge.sections import wrap, wrap_rest
@@ -63,6 +64,7 @@ def draw(lineage: Lineage) -> dict[str, str]:
     pictures = {"assets/pipeline.svg": pipeline_picture(lineage)}
     if lineage.entries:
         pictures["assets/results.svg"] = results_picture(lineage, lineage.entries[0])
+    pictures |= training_pictures(lineage)
     return {path: drawn for path, drawn in pictures.items() if drawn}
 
 

@@ -22,7 +22,7 @@ svg { font-family: FONT; font-size: 13px; }
 .good { fill: #0550ae; stroke: #0550ae; } .bad { fill: #bc4c00; stroke: #bc4c00; }
 .plain { fill: #59636e; stroke: #59636e; } .hollow { fill: #ffffff; stroke: #59636e; }
 .bar { fill: #218bff; } .bar2 { fill: #8250df; } .whisker { stroke-width: 2; }
-.over { stroke: #1f2328; stroke-width: 1.5; }
+.over { stroke: #1f2328; stroke-width: 1.5; } .curve { stroke: #0550ae; stroke-width: 1.8; fill: none; }
 .box { fill: #f6f8fa; stroke: #d0d7de; } .made { fill: #ddf4ff; stroke: #54aeff; }
 .end { fill: #0969da; stroke: #0969da; } .onend { fill: #ffffff; }
 .edge { stroke: #818b98; stroke-width: 1.4; fill: none; }
@@ -34,6 +34,7 @@ svg { font-family: FONT; font-size: 13px; }
 .good { fill: #79c0ff; stroke: #79c0ff; } .bad { fill: #ffa657; stroke: #ffa657; }
 .plain { fill: #9198a1; stroke: #9198a1; } .hollow { fill: #0d1117; stroke: #9198a1; }
 .bar { fill: #388bfd; } .bar2 { fill: #8957e5; } .over { stroke: #f0f6fc; }
+.curve { stroke: #79c0ff; }
 .box { fill: #151b23; stroke: #3d444d; } .made { fill: #121d2f; stroke: #1f6feb; }
 .end { fill: #1f6feb; stroke: #1f6feb; } .edge { stroke: #656c76; }
 }""".replace("FONT", FONT)

@@ -380,12 +380,20 @@ def test_preflight_finds_a_missing_column_and_a_tower(prepare, tiny_gemma4_multi
     lora(protect="core").preflight(prepare())
 
 
-@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")])
-def test_several_processes_are_refused_with_the_reason(prepare, monkeypatch, variable, value):
+LAUNCHED = [
+    ("WORLD_SIZE", "2", "one process on one device", "the whole recipe"),
+    ("ACCELERATE_USE_FSDP", "true", "under FSDP", "no slice can be projected"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "under DeepSpeed", "no slice can be projected"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "what", "why"), LAUNCHED)
+def test_several_processes_are_refused_with_the_reason(prepare, monkeypatch, variable, value, what, why):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(StepError, match="one process on one device") as caught:
-        lora().preflight(prepare())
-    assert "slice" in caught.value.mend
+    for refuse in (lora().preflight, lora().run):
+        with pytest.raises(StepError, match=what) as caught:
+            refuse(prepare())
+        assert why in caught.value.mend
 
 
 REFUSED = [

@@ -54,6 +54,14 @@ def test_learning_rates_by_hand():
     assert list(rates(FACTS, NAMES, 0.1).values()) == [1.0, 0.75, 0.1]
 
 
+def test_what_the_layers_op_found_is_taken_as_it_is():
+    """Not stretched to [0, 1] again: a layer of importance .5 learns at half the rate though none has more."""
+    facts = {"layers": {str(layer): {"sum": 9, "importance": value} for layer, value in enumerate((0.2, 0.5, 0.4))}}
+    assert list(rates(facts, NAMES, 0.0).values()) == [0.8, 0.5, 0.6]
+    with pytest.raises(StepError, match="outside"):
+        rates({"layers": {"0": {"importance": 1.5}}}, NAMES[:1], 0.0)
+
+
 def test_a_layer_without_importance_is_an_error():
     with pytest.raises(StepError, match="nothing for layer 3"):
         rates(FACTS, ["model.layers.3.mlp.up_proj"], 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from hubforge.cards.pictures import energy_picture, gate_picture, histogram_pict
 from hubforge.cards.pipeline import pipeline_picture
 from hubforge.cards.render import draw
 from hubforge.cards.svg import fit, text_width, tick_labels, ticks
+from hubforge.cards.training import loss_picture
 from hubforge.release import MetricRecord, Release
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -167,3 +169,31 @@ def test_fit_keeps_both_ends() -> None:
     assert cut.endswith("tensors"[-3:])
     assert "…" in cut
     assert text_width(cut) <= 120
+
+
+def test_a_loss_curve_runs_where_the_axes_say() -> None:
+    metrics = {"curve": [[1, 3.0], [50, 2.0], [100, 1.0]], "eval_curve": [[50, 2.5], [100, 1.5]], "best_step": 100}
+    picture = loss_picture(metrics, "Loss of chat")
+    root = ElementTree.fromstring(picture)
+    (line,) = (path.get("d", "") for path in root.iter(f"{SVG}path") if path.get("class") == "curve")
+    drawn = [tuple(map(float, point.split())) for point in line.removeprefix("M").split(" L")]
+    middle = (drawn[0][1] + drawn[2][1]) / 2
+    assert drawn[1][1] == pytest.approx(middle, abs=0.01)  # 2 lies half way between 3 and 1
+    assert (drawn[1][0] - drawn[0][0]) / (drawn[2][0] - drawn[0][0]) == pytest.approx(49 / 99, abs=1e-3)
+    assert drawn[2][0] == pytest.approx(840, abs=0.01)  # the last step is where the axis ends
+    dots = [one for one in root.iter(f"{SVG}circle") if one.get("class") == "bad"][1:]  # the first is the legend's
+    assert [float(dot.get("cx", 0)) for dot in dots] == pytest.approx([drawn[1][0], drawn[2][0]], abs=0.01)
+    assert [dot.get("r") for dot in dots] == ["3", "4.5"]
+    assert "from 3 at step 1 to 1 at step 100; on held-out rows least, 1.5, at step 100." in picture
+
+
+CURVES = (None, "curve", [], [[1, 2.0]], [[1, math.nan], [2, 1.0]], [[2, 1.0], [1, 2.0]], [1, 2])
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_curve_of_fewer_than_two_points_is_not_drawn(curve: object) -> None:
+    assert loss_picture({"curve": curve}, "x") == ""
+
+
+def test_a_flat_curve_has_an_axis() -> None:
+    assert "<path" in loss_picture({"curve": [[1, 2.0], [2, 2.0]]}, "x")
