@@ -29,6 +29,7 @@ from typing import Any
 
 from hubforge import recipe as recipes
 from hubforge.evals._compare import read_samples, t_quantile
+from hubforge.lab.checkers import follows
 from hubforge.machine import hardware
 from hubforge.places import default_store
 from hubforge.plan import make
@@ -119,6 +120,20 @@ def collect(work: Path, seed: int) -> None:
         by_prompt = {line["doc_id"]: line["metrics"][METRIC] for line in lines}
         return "".join(str(int(by_prompt[number])) for number in sorted(by_prompt))
 
+    held_out = (work / f"seed-{seed}" / ".lab" / "tasks" / "held_out.jsonl").read_text().splitlines()
+    documents = [json.loads(line) for line in held_out]
+
+    def kinds(name: str) -> dict[str, list[int]]:
+        """Of each kind of instruction, how many were followed, and how many there were."""
+        found: dict[str, list[int]] = {}
+        for line in read_samples(plan.store.folder(plan.steps[name].key)):
+            document = documents[line["doc_id"]]
+            for kind, arguments in zip(document["instructions"], document["arguments"], strict=True):
+                count = found.setdefault(kind, [0, 0])
+                count[0] += follows(line["response"], kind, json.loads(arguments))
+                count[1] += 1
+        return found
+
     rows = []
     for name in plan.steps:
         style, _, variant = name.removeprefix("evals.follows/").partition("-with-")
@@ -129,7 +144,12 @@ def collect(work: Path, seed: int) -> None:
         leak = folded.metrics.get("leak") or adapter.metrics.get("leak")
         rows.append(
             {"style": style, "variant": variant, "answers": answers(name), "training_loss": adapter.metrics["loss"]}
-            | {"scale": folded.metrics["scale"], "gain": folded.metrics["loss_gain"], "leak": leak}
+            | {
+                "kinds": kinds(name),
+                "scale": folded.metrics["scale"],
+                "gain": folded.metrics["loss_gain"],
+                "leak": leak,
+            }
         )
     base = manifest("evals.follows/instruct")
     if base is None:
@@ -139,6 +159,7 @@ def collect(work: Path, seed: int) -> None:
         "machine": hardware(),
         "versions": base.versions | (manifest("adapters.prose-none").versions if rows else {}),
         "instruct": answers("evals.follows/instruct"),
+        "kinds": kinds("evals.follows/instruct"),
         "rows": rows,
     }
     target = work / "results" / f"seed-{seed}.json"
@@ -201,6 +222,35 @@ def order(variant: str) -> tuple[int, str]:
     kinds = ("none", "published", "two-sided", "core", "left", "right", "scale", "projected", "random")
     kind = variant.rpartition("-")[0] or variant
     return kinds.index(kind), variant.rpartition("-")[2].rjust(4, "0")
+
+
+def lost(results: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
+    """Markdown: for each style, which kinds of instruction are followed less often than by the instruct model."""
+    lines = [
+        "| style | adapter | instructions followed, as a share of what the instruct model follows |",
+        "| --- | --- | --- |",
+    ]
+    for style in STYLES:
+        for variant in variants:
+            pairs = [
+                (result["kinds"], row["kinds"])
+                for result in results
+                for row in result["rows"]
+                if (row["style"], row["variant"]) == (style, variant)
+            ]
+            if not pairs:
+                continue
+            before, after = (
+                {
+                    kind: sum(pair[i].get(kind, [0])[0] for pair in pairs)
+                    for kind in sorted(set().union(*(pair[0] for pair in pairs)))
+                }
+                for i in (0, 1)
+            )
+            worst = sorted(before, key=lambda kind: after[kind] / max(before[kind], 1))[:4]
+            cells = [f"{kind} {100 * after[kind] / max(before[kind], 1):.0f} %" for kind in worst]
+            lines.append(f"| {style} | {variant.replace('none', 'no mask')} | {', '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def row_of(results: Sequence[dict[str, Any]], styles: Sequence[str], variant: str) -> list[str]:
@@ -269,6 +319,8 @@ def main() -> None:
           f"prompts each; {METRIC} of instruct {points(base)}; {'; '.join(sorted(machines))}; "
           f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}")  # fmt: skip
     print(table(results))
+    print("\n**What is lost**: the four kinds of instruction that suffer most\n")
+    print(lost(results, ("none", "two-sided-64", "random-64")))
 
 
 if __name__ == "__main__":
