@@ -55,7 +55,7 @@ def test_ties_as_in_mergekits_readme(tmp_path):
             "op": "ties_models",
             "base_model": "Llama-2-13B-fp16",
             "models": ["orca_mini_v3_13b", "Platypus2-13B", "WizardMath-13B-V1.0"],
-            "weights": [1.0, [0, 0.3, 0.7, 1], {"mlp": 0.5, "default": 0}],
+            "weights": [1.0, [0, 0.3, 0.7, 1], {"*mlp*": 0.5, "default": 0}],
             "density": [[1, 0.7, 0.1], 0.5, 0.33],
             "normalize": True,
             "dtype": "float16",
@@ -82,11 +82,9 @@ def test_slerp_with_filters_and_gradients(tmp_path):
         """,
         tmp_path,
     )
-    merged = stages["merged"]
-    assert (merged["op"], merged["models"]) == ("nuslerp", ["orca_mini_v3_13b", "Platypus2-13B"])
-    one, two = merged["weights"]
-    assert two == {"self_attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0.7, 0.3, 0], "default": 0.5}
-    assert one == {"self_attn": [1, 0.5, 0.7, 0.3, 0], "mlp": [0, 0.5, 0.3, 0.7, 1], "default": 0.5}
+    t = {"*self_attn*": [0, 0.5, 0.3, 0.7, 1], "*mlp*": [1, 0.5, 0.7, 0.3, 0], "default": 0.5}
+    ends = {"model": "orca_mini_v3_13b", "to": "Platypus2-13B"}
+    assert stages == {"merged": {"op": "slerp", **ends, "t": t, "dtype": "bfloat16"}}
     assert losses == ["layer_range [0, 40] is taken to be all layers"]
 
 
@@ -108,7 +106,7 @@ def test_layers_stacked(tmp_path):
     )
     assert stages["merged"]["slices"] == [
         {"model": "orca_mini_v3_13b", "layers": [0, 24]},
-        {"model": "Platypus2-13B", "layers": [20, 40], "scale": {"o_proj": 0.0, "default": 1.0}},
+        {"model": "Platypus2-13B", "layers": [20, 40], "scale": {"*o_proj*": 0.0, "default": 1.0}},
     ]
     assert losses == []
 
@@ -128,6 +126,76 @@ def test_slices_of_merges(tmp_path):
     assert list(stages) == ["merged-2", "merged"]
     assert stages["merged-2"] == {"op": "linear", "models": ["a", "b"], "weights": [1, 3]}
     assert stages["merged"]["slices"] == [{"model": "a", "layers": [0, 4]}, {"model": "merged-2", "layers": [4, 8]}]
+
+
+def test_slices_of_other_places_and_gradients_over_a_slice_are_cut_out_first(tmp_path):
+    _, stages, losses = imported(
+        """
+        merge_method: linear
+        slices:
+          - sources: [{model: a/a, layer_range: [0, 4]}]
+          - sources:
+              - {model: a/a, layer_range: [4, 8], parameters: {weight: [1, 0]}}
+              - {model: b/b, layer_range: [2, 6], parameters: {weight: 3}}
+        """,
+        tmp_path,
+    )
+    assert stages["a-4-8"] == {"op": "passthrough", "slices": [{"model": "a", "layers": [4, 8]}]}
+    assert stages["merged-2"] == {"op": "linear", "models": ["a-4-8", "b-2-6"], "weights": [[1, 0], 3]}
+    assert stages["merged"]["slices"] == [{"model": "a", "layers": [0, 4]}, {"model": "merged-2", "layers": [0, 4]}]
+    assert losses == []
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "part"),
+    [
+        ("passthrough", "{scale: [{filter: o_proj, value: 0}, {value: 1}]}", {"scale": {"*o_proj*": 0, "default": 1}}),
+        ("linear", "{weight: 3}", {}),
+        ("linear", "{weight: 3, normalize: false}", {"scale": 3}),
+    ],
+)
+def test_a_single_model(method, parameters, part, tmp_path):
+    text = f"merge_method: {method}\nmodels: [{{model: o/a}}]\nparameters: {parameters}\n"
+    _, stages, _ = imported(text, tmp_path)
+    assert stages["merged"] == {"op": "passthrough", "slices": [{"model": "a"} | part]}
+
+
+def test_a_base_that_is_no_model_of_a_mean_is_one_more_as_in_mergekit(tmp_path):
+    text = "merge_method: linear\nbase_model: o/m\nmodels: [{model: o/a}, {model: o/b}]\nparameters: {weight: 1}\n"
+    assert imported(text, tmp_path)[1]["merged"]["models"] == ["m", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("written", "fields"),
+    [
+        ("tokenizer_source: union", {"tokenizer": "union"}),
+        ("tokenizer_source: base", {"tokenizer": "base"}),
+        ("tokenizer_source: o/a", {"tokenizer": "a"}),
+        ("tokenizer: {pad_to_multiple_of: 64}", {"tokenizer": "union", "pad_to_multiple_of": 64}),
+        (
+            "tokenizer: {source: base, tokens: {<s>: {source: o/a, force: true}, <t>: {source: {kind: zero}}, "
+            "<u>: {source: {kind: model_token, model: o/a, token_id: 7}}, <v>: {}}}",
+            {
+                "tokenizer": "base",
+                "tokens": {"<s>": {"model": "a", "force": True}, "<t>": {}, "<u>": {"model": "a", "token_id": 7}},
+            },
+        ),
+    ],
+)
+def test_tokenizers(written, fields, tmp_path):
+    text = f"merge_method: task_arithmetic\n{MODELS}]\n{written}\n"
+    merged = imported(text, tmp_path)[1]["merged"]
+    assert {name: merged[name] for name in ("tokenizer", "tokens", "pad_to_multiple_of") if name in merged} == fields
+
+
+def test_layers_of_a_model_at_hand_are_counted(tiny_llama, tmp_path):
+    def text(last):
+        source = f"{{model: {tiny_llama}, layer_range: [0, {last}]}}"
+        return f"merge_method: passthrough\nslices: [{{sources: [{source}]}}]\n"
+
+    _, whole, losses = imported(text(2), tmp_path)
+    assert whole["merged"]["slices"] == [{"model": "tiny-llama"}] and losses == []
+    assert imported(text(1), tmp_path)[1]["merged"]["slices"] == [{"model": "tiny-llama", "layers": [0, 1]}]
 
 
 def test_documents_that_need_one_another(tmp_path):
@@ -195,14 +263,7 @@ def test_methods_from_a_base(method, parameters, op, fields, tmp_path):
         (
             "linear",
             "{weight: [0, 1]}",
-            {
-                "op": "dare_linear",
-                "base_model": "a",
-                "models": ["a", "b"],
-                "weights": [[0, 1], [0, 1]],
-                "density": 1.0,
-                "normalize": True,
-            },
+            {"op": "linear", "models": ["a", "b"], "weights": [[0, 1], [0, 1]]},
         ),
     ],
 )
@@ -235,11 +296,10 @@ dtype: float64
 """
     losses = imported(text, tmp_path)[2]
     assert [loss.partition(":")[0] for loss in losses] == [
-        "tokenizer union",
         "chat_template",
+        "dtype float64",
         "parameter colour",
         "rescale",
-        "dtype float64",
     ]
 
 
@@ -255,8 +315,8 @@ dtype: float64
         ("name: a\nmerge_method: linear\nmodels: [{model: a}, {model: b/b}]\n", "a needs itself: a -> a"),
         (
             "merge_method: linear\nslices: [{sources: [{model: a/a, layer_range: [0, 2]}, {model: b/b, layer_range: "
-            "[1, 3]}]}]\n",
-            "merges layers of different places",
+            "[1, 4]}]}]\n",
+            "merges different numbers of layers",
         ),
     ],
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64 << 20  # bytes held at once
 _BEFORE = ("embed", "wte", "wpe", "word_embeddings", "shared")  # how tensors before the layers are called
+Layers = tuple[int, int]  # [first, last)
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -35,15 +36,19 @@ class Slice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: ModelRef = Field(description="The model the layers come from.")
-    layers: tuple[int, int] = Field(description="[first, last): counted from 0, the last not included.")
+    layers: tuple[int, int] | None = Field(
+        None, description="[first, last): counted from 0, the last not included; by default all."
+    )
     scale: Schedule = Field(
-        1.0, description="A factor of the tensors: `{o_proj: 0, down_proj: 0, default: 1}` lets layers pass through."
+        1.0,
+        description="A factor of the layers' tensors: `{o_proj: 0, down_proj: 0, default: 1}` lets layers pass "
+        "through. A list runs from the first of these layers to the last.",
     )
 
     @field_validator("layers")
     @classmethod
-    def _some_layers(cls, layers: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= layers[0] < layers[1]:
+    def _some_layers(cls, layers: tuple[int, int] | None) -> tuple[int, int] | None:
+        if layers and not 0 <= layers[0] < layers[1]:
             raise ValueError(f"{list(layers)} holds no layers: the first is counted from 0, the last is not included")
         return layers
 
@@ -57,6 +62,7 @@ class Passthrough(Op):
     """
 
     makes: ClassVar[Kind] = "model"
+    version: ClassVar[int] = 2
     resumable: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "merge"
@@ -74,12 +80,13 @@ class Passthrough(Op):
             models = {ref: stack.enter_context(open_checkpoint(ctx.path(ref))) for ref in self._models()}
             configs = {ref: check_side_files(ctx.path(ref)) for ref in models}
             depths = {ref: depth(configs[ref], ref, ctx) for ref in models}
-            for part in self.slices:
-                if part.layers[1] > depths[part.model]:
-                    what = f"{part.model} has {depths[part.model]} layers, so there are no layers {list(part.layers)}"
+            chosen = [part.layers or (0, depths[part.model]) for part in self.slices]
+            for part, layers in zip(self.slices, chosen, strict=True):
+                if layers[1] > depths[part.model]:
+                    what = f"{part.model} has {depths[part.model]} layers, so there are no layers {list(layers)}"
                     raise StepError(what, where=ctx.where)
-            config = self.stacked(configs, ctx)
-            pieces = list(self.pieces(models, depths, ctx))
+            config = self.stacked(configs, chosen, ctx)
+            pieces = list(self.pieces(models, chosen, ctx))
             layout = lay_out(((p.name, p.dtype, p.info.shape) for p in pieces), int(self.max_shard_size * GB))
             ctx.out.mkdir(parents=True, exist_ok=True)
             keys = {ref: ctx.inputs[ref].key for ref in models}
@@ -91,21 +98,21 @@ class Passthrough(Op):
             for source in ctx.track(pieces, unit="tensors"):
                 if places[source.name].key not in writer.finished:
                     source.write(writer, places[source.name])
-            first = ctx.path(self.slices[0].model)
-            copy_side_files(first, ctx.out, lambda _: set_dtype(config, self.dtype) if self.dtype else config)
+            folder = ctx.path(self.slices[0].model)
+            copy_side_files(folder, ctx.out, lambda _: set_dtype(config, self.dtype) if self.dtype else config)
             ctx.sha256.update(writer.complete())
         return {
             "parameters": sum(p.info.elements for p in pieces),
             "bytes": layout.nbytes,
             "tensors": len(pieces),
-            "layers": sum(part.layers[1] - part.layers[0] for part in self.slices),
+            "layers": sum(last - first for first, last in chosen),
         }
 
     def _models(self) -> list[ModelRef]:
         return list(dict.fromkeys(part.model for part in self.slices))
 
-    def pieces(self, models: dict[ModelRef, Checkpoint], depths: dict[ModelRef, int], ctx: Context) -> Iterator[Source]:
-        """Every tensor of the output and where it comes from."""
+    def pieces(self, models: dict[ModelRef, Checkpoint], chosen: Sequence[Layers], ctx: Context) -> Iterator[Source]:
+        """Every tensor of the output and where it comes from. chosen: the layers of each slice."""
         first, last = models[self.slices[0].model], models[self.slices[-1].model]
         behind = Aliases(last, str(last.path))
         for name, info in first.tensors.items():
@@ -116,11 +123,11 @@ class Passthrough(Op):
                     raise StepError(f"{self.slices[-1].model} has no tensor {name}", where=ctx.where)
                 yield self._source(name, first if before else last, info if before else last.info(own), 1.0)
         number = 0
-        for part in self.slices:
+        for part, layers in zip(self.slices, chosen, strict=True):
             held = layers_of(models[part.model])
-            for layer in range(*part.layers):
+            for layer in range(*layers):
                 for info in held.get(layer, []):
-                    scale = value_at(part.scale, info.name, depth_of(layer, depths[part.model]))
+                    scale = value_at(part.scale, info.name, depth_of(layer - layers[0], layers[1] - layers[0]))
                     name = renumbered(info.name, layer, number, like=first)
                     yield self._source(name, models[part.model], info, scale)
                 number += 1
@@ -132,15 +139,17 @@ class Passthrough(Op):
         wanted = dtypes.from_torch(self.dtype) if self.dtype and is_float else info.dtype
         return Source(name, checkpoint, info, wanted, scale)
 
-    def stacked(self, configs: dict[ModelRef, dict[str, Any]], ctx: Context) -> dict[str, Any]:
+    def stacked(
+        self, configs: dict[ModelRef, dict[str, Any]], layers: Sequence[Layers], ctx: Context
+    ) -> dict[str, Any]:
         """The first model's config with the number of layers, and its lists of one entry for each, as stacked."""
         config: dict[str, Any] = json.loads(json.dumps(configs[self.slices[0].model]))
         text, _ = text_config(config)
         for name in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
-            if text.get(name):
+            if text.get(name) and (len(layers) > 1 or layers[0] != (0, text.get("num_hidden_layers"))):
                 what = f"{name} is {text[name]}: layers of such a model depend on their place, and cannot be stacked"
                 raise StepError(what, where=ctx.where)
-        chosen = [(text_config(configs[part.model])[0], part.layers) for part in self.slices]
+        chosen = [(text_config(configs[part.model])[0], each) for part, each in zip(self.slices, layers, strict=True)]
         for part, (theirs, _) in zip(self.slices, chosen, strict=True):
             for name in ("model_type", "hidden_size"):
                 if theirs.get(name) != text.get(name):
