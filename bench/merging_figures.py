@@ -1,0 +1,231 @@
+"""Draw the figures of docs/merging.md from the lab's trained models.
+
+usage: merging_figures.py LAB [OUT]
+
+LAB is what `hubforge lab` trained (a pretrained model, an instruct model made from it, three adapters); OUT is
+docs/figures. The models are merged by the ops themselves; numbers are means over all matrices of the decoder's layers.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+
+from hubforge.cards.svg import Picture, text_width, tick_labels, ticks
+from hubforge.op import Place
+from hubforge.stages.breadcrumbs import Breadcrumbs
+from hubforge.stages.dare_linear import DareLinear
+from hubforge.stages.nuslerp import Nuslerp
+from hubforge.stages.ties_models import TiesModels
+from hubforge.tensors.adapter import delta, open_adapter
+from hubforge.tensors.rounding import gain_sums, round_to
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DENSITIES = [0.02, 0.05, *(i / 10 for i in range(1, 11))]
+STYLES = ("good", "bad", "plain")
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def chart(title: str, words: str, x_label: str, y_label: str, curves: Curves, *, log: bool = False) -> str:
+    """Curves over one pair of axes. log: the x axis is logarithmic to base 10."""
+    picture = Picture(640, title, words)
+    picture.height = 340
+    left, right, top, bottom = 64.0, 610.0, 76.0, 284.0
+    points = [point for curve in curves.values() for point in curve]
+    xs = [math.log10(x) if log else x for x, _ in points]
+    x_ticks = ticks(min(xs), max(xs)) if not log else [float(i) for i in range(round(min(xs)), round(max(xs)) + 1)]
+    y_ticks = ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = ((math.log10(x) if log else x) - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return left + across * (right - left), bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
+
+    picture.text(20, 28, title, "ink title")
+    at = 20.0
+    for name, style in zip(curves, STYLES, strict=False):
+        picture.line(at, 48, at + 18, 48, f"{style} whisker")
+        picture.text(at + 24, 52, name, "dim")
+        at += 24 + text_width(name) + 24
+    for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
+        y = place(10 ** x_ticks[0] if log else x_ticks[0], value)[1]
+        picture.line(left, y, right, y)
+        picture.text(left - 8, y + 4, label, "dim small", "end")
+    labels = [f"10^{value:.0f}".replace("-", "−") for value in x_ticks] if log else tick_labels(x_ticks)
+    for value, label in zip(x_ticks, labels, strict=True):
+        x = place(10**value if log else value, 0)[0]
+        picture.line(x, bottom, x, bottom + 4, "axis")
+        picture.text(x, bottom + 18, label, "dim small", "middle")
+    picture.line(left, bottom, right, bottom, "axis")
+    picture.text((left + right) / 2, bottom + 40, x_label, "dim", "middle")
+    picture.text(left, top - 6, y_label, "dim small")
+    for curve, style in zip(curves.values(), STYLES, strict=False):
+        placed = [place(x, y) for x, y in curve]
+        for one, other in pairwise(placed):
+            picture.line(*one, *other, f"{style} whisker")
+        for x, y in placed:
+            picture.circle(x, y, 2.5, style)
+    return picture.render()
+
+
+def family(lab: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The pretrained model's matrices, and task vectors by name: of the instruct model and of each adapter; float32."""
+    base = {
+        name: tensor.float()
+        for file in (lab / "pretrained").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    tuned = {
+        name: tensor.float()
+        for file in (lab / "instruct").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    base = {name: tensor for name, tensor in base.items() if tensor.dim() == 2 and ".layers." in name}
+    found = {"instruct": {name: tuned[name] - tensor for name, tensor in base.items()}}
+    for folder in sorted((lab / "adapters").iterdir()):
+        if (folder / "adapter_config.json").is_file():
+            with open_adapter(folder) as adapter:
+                modules = adapter.modules
+                found[folder.name] = {
+                    f"{name}.weight": delta(module, *adapter.factors(name)) for name, module in modules.items()
+                }
+    return base, found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def kept(vectors: Mapping[str, Tensor]) -> str:
+    """How much of a task vector's energy each way to thin it out keeps."""
+
+    def energy(thinned: Tensor, whole: Tensor) -> float:
+        return float(thinned.double().square().sum() / whole.double().square().sum())
+
+    def of(op: TiesModels | Breadcrumbs | DareLinear) -> float:
+        places = {name: Place(name, 0, tuple(d.shape), known=1) for name, d in vectors.items()}
+        return mean([energy(op.thinned(d, 0, places[name]), d) for name, d in vectors.items()])
+
+    common = {"base_model": "m", "models": ["a"]}
+    curves = {
+        "largest (ties, sce)": [(d, of(TiesModels(**common, density=d))) for d in DENSITIES],
+        "largest but 1 % outliers (breadcrumbs)": [
+            (d, of(Breadcrumbs(**common, density=d, gamma=min(0.01, 1 - d)))) for d in DENSITIES
+        ],
+        "at random (dare)": [(d, of(DareLinear(**common, density=d, rescale=False))) for d in DENSITIES],
+    }
+    words = "Share of the squared task vector that is kept, by density: the largest elements hold most of it."
+    return chart("What thinning out keeps of a task vector", words, "density", "share of its energy", curves)
+
+
+def conflict(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """How often two task vectors want opposite changes, before and after each is trimmed."""
+    names = sorted(set(one) & set(other))
+
+    def at(density: float) -> tuple[float, float]:
+        op = TiesModels(base_model="m", models=["a"], density=density)
+        clash, both = [], []
+        for name in names:
+            place = Place(name, 0, tuple(one[name].shape), known=1)
+            a, b = op.thinned(one[name], 0, place), op.thinned(other[name], 0, place)
+            either = (a != 0) | (b != 0)
+            clash.append(float((a * b < 0).sum() / either.sum()))
+            both.append(float((a * b != 0).sum() / either.sum()))
+        return mean(clash), mean(both)
+
+    found = {density: at(density) for density in DENSITIES}
+    curves = {
+        "both change it": [(d, both) for d, (_, both) in found.items()],
+        "in opposite directions": [(d, clash) for d, (clash, _) in found.items()],
+    }
+    words = "Share of the changed elements that both of two adapters change, and change oppositely, by TIES's density."
+    return chart("Where two adapters meet, after trimming", words, "density", "share of all that is changed", curves)
+
+
+def arc(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """The length of a mix of two task vectors, relative to the straight line between their lengths."""
+    names = sorted(set(one) & set(other))
+    steps = [i / 10 for i in range(11)]
+
+    def along(t: float, name: str) -> tuple[float, float]:
+        op = Nuslerp(models=["a", "b"], weights=[1 - t, t])
+        w = {"a": one[name], "b": other[name]}
+        place = Place(name, 0, tuple(one[name].shape), known=1)
+        totals = op.measure(w, place)
+        turned = op.tensor(w, Place(name, 0, tuple(one[name].shape), known=1, totals=totals))
+        straight = (1 - t) * w["a"] + t * w["b"]
+        length = (1 - t) * float(w["a"].norm()) + t * float(w["b"].norm())
+        return float(turned.norm()) / length, float(straight.norm()) / length
+
+    found = {t: [along(t, name) for name in names] for t in steps}
+    curves = {
+        "along the arc (slerp, nuslerp)": [(t, mean([arc for arc, _ in each])) for t, each in found.items()],
+        "straight (linear, task_arithmetic)": [(t, mean([line for _, line in each])) for t, each in found.items()],
+    }
+    words = (
+        "Length of the mix of two adapters' task vectors over t: the straight line loses up to a third, the arc none."
+    )
+    return chart("What mixing does to a task vector's length", words, "t", "length over that of the ends", curves)
+
+
+def gain(base: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> str:
+    """How much of a change is left after rounding to bfloat16, by the size of the change."""
+    sizes = [10 ** (i / 4) for i in range(-16, -3)]
+
+    def at(size: float, how: str) -> float:
+        found = []
+        for name, d in vectors.items():
+            w = base[name].bfloat16().float()
+            merged = w + d * (size * w.norm() / d.norm())
+            left, wanted = gain_sums(w, merged, round_to(merged, torch.bfloat16, how, 0, name, 0))
+            found.append(left / wanted)
+        return mean(found)
+
+    curves = {
+        f"rounded {words}": [(size, at(size, how)) for size in sizes]
+        for how, words in [("nearest", "to nearest"), ("stochastic", "stochastically")]
+    }
+    words = "Effective gain of a change after rounding to bfloat16, by its size relative to the weights."
+    label = "length of the change / length of the weights"
+    return chart("What bfloat16 leaves of a small change", words, label, "effective gain", curves, log=True)
+
+
+def ranks(vectors: Mapping[str, Tensor]) -> str:
+    """How much of a fine-tuned model's change an adapter of each rank holds."""
+    energies = [torch.linalg.svdvals(d.double()).square() for d in vectors.values()]
+    found = [1, 2, 4, 8, 16, 32, 64, 128]
+    found = [rank for rank in found if rank <= min(len(e) for e in energies)]
+    curves = {
+        "instruct − pretrained": [(float(r), mean([float(e[:r].sum() / e.sum()) for e in energies])) for r in found]
+    }
+    words = "Share of the squared task vector of instruct tuning that the best adapter of each rank holds."
+    return chart("What an extracted adapter holds of a model", words, "rank", "share of its energy", curves)
+
+
+def main() -> None:
+    lab, out = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "docs/figures")
+    base, vectors = family(lab)
+    instruct, *adapters = vectors.values()
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "thinning": kept(instruct),
+        "conflict": conflict(*adapters[:2]),
+        "arc": arc(*adapters[:2]),
+        "gain": gain(base, instruct),
+        "ranks": ranks(instruct),
+    }
+    for name, picture in pictures.items():
+        (out / f"{name}.svg").write_text(picture, encoding="utf-8")
+        print(out / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
