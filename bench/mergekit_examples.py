@@ -53,11 +53,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.yml")):
 CASES = Path(__file__).with_suffix(".yaml")
 REASONS = {
     "random": "which elements are kept is drawn otherwise",
-    "slerp": "they go straight where the cosine exceeds 0.9995, ours along the arc",
-    "threshold": "elements whose score lies at the threshold fall on either side of it",
-    "between": "the model between is rounded by both, and differs in last places where it is trimmed next",
     "head": "they merge the last slice's norm and head from as many models as the first slice has",
-    "adapter": "they add the adapter in bfloat16, ours in float32",
 }
 FAMILIES = {
     "float32": {"dtype": "float32", "out_dtype": "bfloat16"},

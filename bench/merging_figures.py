@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from hubforge.cards.svg import Picture, text_width, tick_labels, ticks
-from hubforge.op import Place
+from hubforge.op import Place, TensorOp
+from hubforge.stages._task_vectors import TaskVectors
 from hubforge.stages.breadcrumbs import Breadcrumbs
 from hubforge.stages.dare_linear import DareLinear
 from hubforge.stages.nuslerp import Nuslerp
@@ -104,15 +106,28 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def measured(op: TensorOp, w: Mapping[str, Tensor], name: str) -> Place:
+    """The place of a whole tensor, with what the op's measuring passes find of it."""
+    place = Place(name, 0, tuple(next(iter(w.values())).shape), known=1)
+    for turn in range(op.measures()):
+        place = replace(place, turn=turn)
+        place = replace(place, totals=op.combine([op.measure(w, place)], place))
+    return place
+
+
+def thinned(op: TaskVectors, vector: Tensor, name: str) -> Tensor:
+    """A task vector with what the op drops set to zero."""
+    return op.thinned(vector, 0, measured(op, {"m": torch.zeros_like(vector), "a": vector}, name))
+
+
 def kept(vectors: Mapping[str, Tensor]) -> str:
     """How much of a task vector's energy each way to thin it out keeps."""
 
     def energy(thinned: Tensor, whole: Tensor) -> float:
         return float(thinned.double().square().sum() / whole.double().square().sum())
 
-    def of(op: TiesModels | Breadcrumbs | DareLinear) -> float:
-        places = {name: Place(name, 0, tuple(d.shape), known=1) for name, d in vectors.items()}
-        return mean([energy(op.thinned(d, 0, places[name]), d) for name, d in vectors.items()])
+    def of(op: TaskVectors) -> float:
+        return mean([energy(thinned(op, d, name), d) for name, d in vectors.items()])
 
     common = {"base_model": "m", "models": ["a"]}
     curves = {
@@ -134,8 +149,7 @@ def conflict(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
         op = TiesModels(base_model="m", models=["a"], density=density)
         clash, both = [], []
         for name in names:
-            place = Place(name, 0, tuple(one[name].shape), known=1)
-            a, b = op.thinned(one[name], 0, place), op.thinned(other[name], 0, place)
+            a, b = thinned(op, one[name], name), thinned(op, other[name], name)
             either = (a != 0) | (b != 0)
             clash.append(float((a * b < 0).sum() / either.sum()))
             both.append(float((a * b != 0).sum() / either.sum()))
@@ -158,9 +172,7 @@ def arc(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     def along(t: float, name: str) -> tuple[float, float]:
         op = Nuslerp(models=["a", "b"], weights=[1 - t, t])
         w = {"a": one[name], "b": other[name]}
-        place = Place(name, 0, tuple(one[name].shape), known=1)
-        totals = op.measure(w, place)
-        turned = op.tensor(w, Place(name, 0, tuple(one[name].shape), known=1, totals=totals))
+        turned = op.tensor(w, measured(op, w, name))
         straight = (1 - t) * w["a"] + t * w["b"]
         length = (1 - t) * float(w["a"].norm()) + t * float(w["b"].norm())
         return float(turned.norm()) / length, float(straight.norm()) / length
