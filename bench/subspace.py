@@ -107,16 +107,24 @@ import json, resource, sys
 from pathlib import Path
 from hubforge.masks.subspace import Subspace
 from hubforge.op import Artifact, Context
+import numpy, scipy.linalg, torch
+import hubforge.tensors.reader
+
+def peak():  # bytes; getrusage tells the parent's, when that was larger
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 folder, k = Path(sys.argv[1]), int(sys.argv[2])
 inputs = {name: Artifact(name, "model", "k", folder / name) for name in ("it", "pt")}
 out = folder / "out"
 out.mkdir()
-import torch, scipy.linalg
-from hubforge.tensors.reader import open_checkpoint
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 op = Subspace.model_validate({"instruct": "it", "pretrained": "pt", "rank": k})
 metrics = op.run(Context("masks.core", out, inputs))
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, metrics["matrices"]]))
+print(json.dumps([before, peak(), metrics["matrices"]]))
 """
 
 
@@ -145,10 +153,9 @@ def memory(k: int) -> None:
             [sys.executable, "-c", MEMORY, str(folder), str(k)], check=True, capture_output=True, text=True
         )
     before, peak, matrices = json.loads(done.stdout.splitlines()[-1])
-    unit = 1024 if sys.platform != "darwin" else 1
     print(
-        f"op: subspace, {matrices} matrices of two layers, k={k}: peak {peak * unit / 1e9:.2f} GB resident, "
-        f"{before * unit / 1e9:.2f} GB of them the libraries (mapped pages of the two checkpoints included)"
+        f"op: subspace, {matrices} matrices of two layers, k={k}: peak {peak / 1e9:.2f} GB resident, of which the "
+        f"libraries, before it starts, {before / 1e9:.2f} GB"
     )
 
 
@@ -156,12 +163,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--k", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--spectra", nargs="+", default=["gapped", "i^-1/2", "i^-1"])
+    parser.add_argument("--only-memory", action="store_true")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     chosen = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":  # Read when torch and scipy are loaded: start anew.
         os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    measure(chosen.spectra, chosen.k, {name: SHAPES[name] for name in chosen.shapes})
+    if not chosen.only_memory:
+        measure(chosen.spectra, chosen.k, {name: SHAPES[name] for name in chosen.shapes})
     for k in chosen.k:
         memory(k)
 
