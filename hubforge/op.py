@@ -283,6 +283,11 @@ class TensorOp(Op):
         description="Whether stages that use this one compute it in their own pass over the weights, unrounded; false "
         "stores it first, rounded, and has them read that.",
     )
+    drop_towers: bool = PydanticField(
+        False,
+        description="Leave out the vision and audio towers of a multimodal Gemma 3 or 4: the output is its text "
+        "decoder alone, with the same logits for text.",
+    )
     max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
     @property

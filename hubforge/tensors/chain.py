@@ -17,6 +17,7 @@ from hubforge.tensors.desk import Desk
 from hubforge.tensors.inputs import Input, Inputs, Opened, Rows, Weights, is_buffer, open_inputs, require_float
 from hubforge.tensors.names import layer_of, natural_order
 from hubforge.tensors.reader import Checkpoint, TensorInfo
+from hubforge.tensors.towers import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +145,7 @@ class Link:
         wanted = dtypes.from_torch(self.op.dtype) if self.op.dtype else None
         outputs: dict[str, Output] = {}
         for info in sorted(self.inputs.base.tensors.values(), key=lambda info: natural_order(info.name)):
-            name = self.op.rename(info.name)
+            name = renamed(self.op, info.name)
             present = self.inputs.present(info.name)
             if name is None or self.op.skips(info.name, present):
                 continue

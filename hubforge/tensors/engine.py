@@ -25,6 +25,7 @@ from hubforge.tensors.quantised import Dequantised, without_quantisation
 from hubforge.tensors.rounding import LOW, gain_metrics
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
 from hubforge.tensors.targets import Target, plan_jobs, plan_targets
+from hubforge.tensors.towers import edited, keeps
 from hubforge.tensors.work import Work
 from hubforge.tensors.writer import Writer
 
@@ -62,7 +63,7 @@ def run_tensor_op(
             folder,
             ctx.out,
             lambda config: _edit(ops, link, config),
-            lambda file: all(each.keeps(file) for each in ops),
+            lambda file: all(keeps(each, file) for each in ops),
             link.inputs.vocabulary,
         )
         ctx.sha256.update(writer.complete())
@@ -133,7 +134,7 @@ def _of_op(op: TensorOp, ctx: Context) -> dict[str, Any]:
 def _edit(ops: Sequence[TensorOp], link: Link, config: dict[str, Any]) -> dict[str, Any]:
     first, plain = ops[0], isinstance(link.model(), Dequantised)
     for op in ops:
-        config = op.config(config)
+        config = edited(op, config)
         if op is first and plain:
             config = without_quantisation(config)
         if op is link.op and link.inputs.vocabulary:

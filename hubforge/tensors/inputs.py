@@ -18,6 +18,7 @@ from hubforge.tensors.quantised import config_beside, open_model, quantised_by
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
 from hubforge.tensors.tokens import FILE as TOKENIZER
 from hubforge.tensors.tokens import read_tokens
+from hubforge.tensors.towers import renamed
 from hubforge.tensors.vocabulary import Held, Vocabulary, is_table
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def tensor_shapes(ctx: Context, ref: str) -> dict[str, tuple[int, ...]]:
     if ref in ctx.fused:
         op, inner = ctx.fused[ref].op, ctx.fused[ref].ctx
         shapes = tensor_shapes(inner, op.base_ref)
-        return {new: shape for name, shape in shapes.items() if (new := op.rename(name)) is not None}
+        return {new: shape for name, shape in shapes.items() if (new := renamed(op, name)) is not None}
     with open_checkpoint(ctx.inputs[ref].path) as checkpoint:
         return {name: info.shape for name, info in checkpoint.tensors.items()}
 

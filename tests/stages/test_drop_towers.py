@@ -9,6 +9,7 @@ from hubforge.errors import StepError
 from hubforge.stages.apply import Apply
 from hubforge.stages.drop_towers import DropTowers
 from hubforge.stages.slerp import Slerp
+from hubforge.tensors.towers import decoder_name
 
 TARGETS = r"^(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)$"
 
@@ -51,12 +52,11 @@ def test_config_is_edited_not_written_anew(tiny_gemma4_multimodal, context, run_
 
 
 def test_names_of_either_age():
-    op = DropTowers(model="m")
     for name in ("model.language_model.layers.0.layer_scalar", "language_model.model.layers.0.layer_scalar"):
-        assert op.rename(name) == "model.layers.0.layer_scalar"
-    assert op.rename("lm_head.weight") == op.rename("language_model.lm_head.weight") == "lm_head.weight"
-    assert op.rename("model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight") is None
-    assert op.rename("multi_modal_projector.mm_input_projection_weight") is None
+        assert decoder_name(name) == "model.layers.0.layer_scalar"
+    assert decoder_name("lm_head.weight") == decoder_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert decoder_name("model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight") is None
+    assert decoder_name("multi_modal_projector.mm_input_projection_weight") is None
 
 
 def test_a_model_without_towers_is_refused_before_anything_is_written(tiny_llama, context, run_op):
@@ -82,6 +82,18 @@ def test_gemma_merge_is_pefts_and_keeps_buffers(tiny_gemma4, gemma_lora, context
             assert torch.equal(tensor, before[name]), name
     assert sum("layer_scalar" in name for name in found) == 4
     logits(ctx.out, Gemma4ForCausalLM)
+
+
+def test_any_stage_can_drop_them(tiny_gemma4_multimodal, gemma_lora, context, run_op):
+    """As a field of a merge: the same files as the merge and then `op: drop_towers`."""
+    folded = context("folded", m=("model", tiny_gemma4_multimodal), a=("adapter", gemma_lora))
+    run_op(Apply(model="m", adapters=["a"]), folded)
+    after = context("after", m=("model", folded.out))
+    run_op(DropTowers(model="m"), after)
+    at_once = context("at_once", m=("model", tiny_gemma4_multimodal), a=("adapter", gemma_lora))
+    run_op(Apply(model="m", adapters=["a"], drop_towers=True), at_once)
+    files = [{path.name: path.read_bytes() for path in ctx.out.iterdir()} for ctx in (after, at_once)]
+    assert files[0] == files[1]
 
 
 def test_a_text_adapter_fits_the_multimodal_base(tiny_gemma4_multimodal, gemma_lora, context, run_op, tensors_of):
