@@ -5,10 +5,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from hubforge.adapters._modules import LINEARS as PEFT_LINEARS
+from hubforge.adapters._modules import select as adapted
 from hubforge.errors import StepError
 from hubforge.masks._targets import grouped, select
+from hubforge.tensors.towers import decoder_name
 
 Shapes = dict[str, tuple[int, ...]]
 E4B = {
@@ -32,28 +54,131 @@ B31 = {
 }
 
 
-def shapes_of(sizes: dict[str, Any]) -> Shapes:
+A4B = {
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+}
+
+
+def full(sizes: dict[str, Any]) -> dict[str, Any]:
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
-    config = Gemma4TextConfig(
-        vocab_size=262144,
-        vocab_size_per_layer_input=262144,
-        head_dim=256,
-        global_head_dim=512,
-        layer_types=kinds * (sizes["num_hidden_layers"] // 6),
+    return {
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "layer_types": kinds * (sizes["num_hidden_layers"] // 6),
         **sizes,
-    )
+    }
+
+
+def on_meta(model: type[PreTrainedModel], config: PretrainedConfig) -> Shapes:
+    """The checkpoint's tensors: a tied head is not in it."""
     with torch.device("meta"):
-        model = Gemma4ForCausalLM(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        built = model(config)
+    tied = set(built.all_tied_weights_keys) if built.config.get_text_config().tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
 
 
-@pytest.mark.parametrize(("sizes", "matrices", "gigabytes"), [(E4B, 258, 7.78), (B31, 410, 58.57)], ids=["E4B", "31B"])
+def shapes_of(sizes: dict[str, Any]) -> Shapes:
+    return on_meta(Gemma4ForCausalLM, Gemma4TextConfig(**full(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "matrices", "gigabytes"),
+    [(E4B, 258, 7.78), (B31, 410, 58.57), (A4B, 205, 3.29)],
+    ids=["E4B", "31B", "26B-A4B"],
+)
 def test_gemma_4_has_as_many_targets_as_published(sizes: dict[str, Any], matrices: int, gigabytes: float) -> None:
     shapes = shapes_of(sizes)
     targets = select(shapes, sizes)
     assert len(targets.names) == matrices
     # A Fisher in bfloat16: two bytes for each weight.
     assert sum(2 * math.prod(shapes[name]) for name in targets.names) / 1e9 == pytest.approx(gigabytes, abs=0.005)
+
+
+def test_the_experts_are_sixty_tensors_of_three_dimensions() -> None:
+    shapes = shapes_of(A4B)
+    experts = select(shapes, A4B, r"\.experts\.")
+    assert len(experts.names) == 60
+    assert {shapes[name] for name in experts.names} == {(128, 1408, 2816), (128, 2816, 704)}
+    assert select(shapes, A4B).left_out["model.layers.*.experts.down_proj"] == 30
+    assert sum(math.prod(shapes[name]) for name in experts.names) / 1e9 == pytest.approx(22.8, abs=0.05)
+
+
+def test_the_multimodal_e4b_has_the_same_targets_and_its_decoder_alone_is_the_text_model() -> None:
+    config = Gemma4Config(text_config=full(E4B), audio_config={}, vision_config={"use_clipped_linears": True})
+    shapes = on_meta(Gemma4ForConditionalGeneration, config)
+    targets = select(shapes, {"text_config": E4B})
+    assert len(targets.names) == 258 and all(name.startswith("model.language_model.") for name in targets.names)
+    assert any(name.startswith("model.vision_tower.") for name in targets.left_out)
+    assert any(name.startswith("model.audio_tower.") for name in targets.left_out)
+    kept = {decoder_name(name): shape for name, shape in shapes.items()}
+    del kept[None]
+    assert kept == shapes_of(E4B)  # `layer_scalar` buffers and per-layer embeddings included
+    weights = {name: math.prod(shape) for name, shape in kept.items() if "layer_scalar" not in str(name)}
+    assert sum(weights.values()) / 1e9 == pytest.approx(7.463, abs=5e-4)
+    assert sum("layer_scalar" in str(name) for name in kept) == 42
+    assert tuple(name + ".weight" for name in adapted(modules(shapes), PEFT_LINEARS, 64)) == targets.names
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SMALL)),
+        (MistralForCausalLM, MistralConfig(**SMALL)),
+        (Qwen2ForCausalLM, Qwen2Config(**SMALL)),
+        (Qwen3ForCausalLM, Qwen3Config(**SMALL)),
+        (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL)),
+        (
+            Gemma3ForConditionalGeneration,
+            Gemma3Config(
+                text_config=SMALL,
+                vision_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                },
+            ),
+        ),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_seven_linears_a_layer_for_masks_and_adapters_alike(
+    model: type[PreTrainedModel], config: PretrainedConfig
+) -> None:
+    shapes = on_meta(model, config)
+    targets = select(shapes, config.to_dict())
+    kinds = {tuple(name.split(".")[-3:-1]) for name in targets.names}
+    assert len(targets.names) == 3 * 7 and len(kinds) == 7
+    assert not any("vision" in name for name in targets.names)
+    assert tuple(name + ".weight" for name in adapted(modules(shapes), PEFT_LINEARS, 8)) == targets.names
+
+
+def modules(shapes: Shapes) -> Shapes:
+    return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model."])

@@ -5,13 +5,15 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hubforge.errors import StepError
+from hubforge.lab.tiny import tiny_lora
 from hubforge.op import Artifact, Context
 from hubforge.stages.apply import Apply
+from hubforge.stages.ties import Ties
 from hubforge.tensors.engine import run_tensor_op
-from hubforge.tensors.projection import Subspaces, leak
+from hubforge.tensors.projection import Subspaces, leak, remove, stored_leaks, summary
 from hubforge.tensors.reader import open_checkpoint
 
 LINEAR = re.compile(r"_proj\.weight$")
@@ -60,6 +62,32 @@ def test_a_gated_change_is_taken_out_of_the_subspace(tmp_path, tiny_llama, tiny_
         assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst < 1e-5
     with open_checkpoint(tiny_llama) as base, open_checkpoint(tmp_path / "b") as made:
         assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst > 0.1
+
+
+def test_what_ties_pushes_back_is_taken_out_again(tmp_path, tiny_llama, masks):
+    """Two adapters that keep clear of the subspace, merged by TIES: the factors' signs are elected one by one."""
+    mask, generator = Subspaces(masks / "core"), torch.Generator().manual_seed(2)
+    for number in (1, 2):
+        folder = tiny_lora(tmp_path / str(number), tiny_llama, rank=8, seed=number)
+        factors = load_file(folder / "adapter_model.safetensors")
+        for key in [key for key in factors if "lora_A" in key]:
+            name = key.removeprefix("base_model.model.").replace("lora_A.", "")
+            core, b = mask.read(name), key.replace("lora_A", "lora_B")
+            factors[key] = remove(torch.randn(factors[key].shape, generator=generator).T, core.V).T.contiguous()
+            factors[b] = remove(torch.randn(factors[b].shape, generator=generator), core.U)
+        save_file(factors, folder / "adapter_model.safetensors")
+    inputs = {str(number): Artifact(str(number), "adapter", str(number), tmp_path / str(number)) for number in (1, 2)}
+    (tmp_path / "ties").mkdir()
+    Ties(adapters=["1", "2"], density=0.5).run(Context("stages.t", tmp_path / "ties", inputs))
+
+    def leaks(out, adapter, **fields):
+        applied(tmp_path / out, tiny_llama, adapter, masks, **fields)
+        with open_checkpoint(tiny_llama) as base, open_checkpoint(tmp_path / out) as made:
+            return summary(stored_leaks(base, made, mask))["worst"]
+
+    assert leaks("clear", tmp_path / "1") < 1e-5
+    assert leaks("pushed", tmp_path / "ties") > 0.1
+    assert leaks("again", tmp_path / "ties", protect="core") < 1e-5
 
 
 def test_what_the_mask_does_not_cover_is_an_error(tmp_path, tiny_llama, tiny_loras, masks):
