@@ -121,9 +121,14 @@ def enough(step: StepRecord) -> str:
 def _drawn(lineage: Lineage, step: StepRecord) -> list[tuple[str, str, str]]:
     """The pictures of one mask: path in the repository, SVG, alternative text."""
     layers = layers_of(step)
+    gated = any("importance" in layer for layer in layers)  # `op: layers`: its sums are another mask's picture
     about = lineage.folder or lineage.target.repo.rsplit("/", 1)[-1]
     drawings = [
-        ("layers", importance_picture(layers, f"Layer importance, {about}"), f"Importance of each layer, {about}"),
+        (
+            "layers",
+            importance_picture([] if gated else layers, f"Layer importance, {about}"),
+            f"Importance of each layer, {about}",
+        ),
         ("energy", energy_picture(layers, f"Energy captured, {about}"), f"Energy captured in each layer, {about}"),
         ("gate", gate_picture(layers, f"How much each layer is spared, {about}"), f"Importance of each layer, {about}"),
         (

@@ -75,14 +75,19 @@ class Importance:
         )
         return reliability(even, whole, self._examples)
 
+    def histogram(self) -> dict[str, int]:
+        """How many weights have a Fisher value in [10^n, 10^(n+1)), by n, rising."""
+        decades: dict[str, int] = {}
+        for facts in self.facts.values():
+            for decade, count in facts["decades"].items():
+                decades[decade] = decades.get(decade, 0) + count
+        return {decade: decades[decade] for decade in sorted(decades, key=int)}
+
     def describe(self, about: Mapping[str, Any], left_out: Mapping[str, int]) -> list[dict[str, Any]]:
         """Write layer_importance.json; the sum and mean of each layer."""
         layers: dict[int, dict[str, Any]] = {}
-        decades: dict[str, int] = {}
         for name in self._order:
             facts = self.facts[name]
-            for decade, count in facts["decades"].items():
-                decades[decade] = decades.get(decade, 0) + count
             if (number := layer_of(name)) is not None:
                 layer = layers.setdefault(number, {"sum": 0.0, "mean": 0.0, "count": 0})
                 layer["sum"] += facts["sum"]
@@ -99,7 +104,7 @@ class Importance:
                 "samples": self._examples,
                 **about,
                 # How many weights have a Fisher value in [10^n, 10^(n+1)), by n; the rest is exactly zero.
-                "log10_histogram": {str(n): decades[n] for n in sorted(decades, key=int)},
+                "log10_histogram": self.histogram(),
                 "zeros": zeros,
                 **({"experts_without_a_token": unreached} if unreached else {}),
                 "left_out": dict(left_out),

@@ -23,7 +23,7 @@ _RESIDUAL = 1e-9  # of the largest eigenvalue: LAPACK in float64 leaves 1e-13 or
 _ANGLE = 1e-4  # the bound up to which refined vectors count as found
 _STEEP = 32  # k over the effective rank from which float32 has lost the small eigenvalues: not worth a try
 _ROUNDS = 2  # of refinement; each multiplies the error by λ of the first vector left out over λ of the last wanted
-_NOISE = 3e-6  # float32 products lose this much of the weakest direction at most
+_NOISE = 3e-5  # how far float32 products may turn the weakest direction of the far side
 
 
 @dataclass(frozen=True)

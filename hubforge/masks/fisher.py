@@ -176,6 +176,7 @@ class Fisher(Op):
             "engine": plan.engine,
             "batch_size": plan.batch,
             "seconds_per_sample": round(seconds, 4),
+            "log10_histogram": found.histogram(),
             "layers": layers,
         }
 
