@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -41,9 +42,11 @@ METRIC = "prompt_level_strict_acc"
 PLANNING = threading.Lock()  # Planning writes down the digests it took, under a name of this process.
 # Steps that a process makes in one go, those that matter most first: what a stopped run has is then worth a look.
 BATCHES = (
-    ("none", "two-sided-64", "published-64", "random-64", "projected-64", "two-sided-16"),
-    ("published-16", "core-64", "left-64", "right-64", "scale-64", "random-16"),
-    ("core-16", "left-16", "right-16", "scale-16", "projected-16"),
+    ("none", "two-sided-64", "random-64", "published-64"),
+    ("two-sided-16", "random-16", "published-16", "projected-16"),
+    ("core-64", "left-64", "right-64", "scale-64"),
+    ("core-16", "left-16", "right-16", "scale-16"),
+    ("projected-64",),
 )
 
 
@@ -82,8 +85,13 @@ def run(work: Path, seeds: Sequence[int], jobs: int, only: Sequence[str]) -> Non
             if not problem or not left:
                 return
             # One that cannot be made, such as one that does not reach the gain, must not hold up the others.
-            sys.stderr.write(f"seed {seed}, {left[0]}: {problem}\n")
-            names = left[1:]
+            failed = re.search(r"stages\.(\S+): failed: the adapters gain at most (\S+) nats", problem)
+            name = f"evals.follows/{failed[1]}" if failed else left[0]
+            if failed:
+                (folders[seed] / f"unreached-{failed[1]}.txt").write_text(failed[2])
+            else:
+                sys.stderr.write(f"seed {seed}, {name}: {problem}\n")
+            names = [other for other in left if other != name]
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(begin, seeds))
@@ -160,6 +168,10 @@ def collect(work: Path, seed: int) -> None:
         "versions": base.versions | (manifest("adapters.prose-none").versions if rows else {}),
         "instruct": answers("evals.follows/instruct"),
         "kinds": kinds("evals.follows/instruct"),
+        "unreached": {
+            path.stem.removeprefix("unreached-"): float(path.read_text())
+            for path in (work / f"seed-{seed}").glob("unreached-*.txt")
+        },
         "rows": rows,
     }
     target = work / "results" / f"seed-{seed}.json"
@@ -203,15 +215,16 @@ def fieller(above: Sequence[float], below: Sequence[float]) -> tuple[float, floa
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each way of protecting, over all styles and for each; seeds that have all of a row's models."""
+    """Markdown: for each way of protecting, over all styles and each; the families that have all of a row's models."""
     lines = []
     for style in ("", *STYLES):
         styles = [style] if style else list(STYLES)
         lines += [f"\n**{style.capitalize() or 'All three styles'}**\n"]
         lines += ["| adapter | scale | gain, nats | leak, U and V | accuracy | drop, points | saved, points | "
-                  "recovered | seeds |",
+                  "recovered | families |",
                   "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-        variants = list(dict.fromkeys(row["variant"] for result in results for row in result["rows"]))
+        variants = {row["variant"] for result in results for row in result["rows"]}
+        variants |= {name.partition("-with-")[2] for result in results for name in result.get("unreached", {})}
         for variant in sorted(variants, key=order):
             lines += row_of(results, styles, variant)
     return "\n".join(lines)
@@ -253,6 +266,23 @@ def lost(results: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def versus(results: Sequence[dict[str, Any]], one: str, others: Sequence[str]) -> str:
+    """Markdown: by how many points one way is better than others, family by family."""
+    lines = ["| style | compared | points better | families |", "| --- | --- | ---: | ---: |"]
+    for style in ("", *STYLES):
+        styles = [style] if style else list(STYLES)
+        for other in others:
+            better = []
+            for result in results:
+                accuracy = {(row["style"], row["variant"]): share(row["answers"]) for row in result["rows"]}
+                if all((style, name) in accuracy for style in styles for name in (one, other)):
+                    better.append(statistics.fmean(accuracy[style, one] - accuracy[style, other] for style in styles))
+            if better:
+                shown = points(t_interval(better))
+                lines.append(f"| {style or 'all three'} | {one}, {other} | {shown} | {len(better)} |")
+    return "\n".join(lines)
+
+
 def row_of(results: Sequence[dict[str, Any]], styles: Sequence[str], variant: str) -> list[str]:
     drops, plain, saved, rows, accuracies = [], [], [], [], []
     for result in results:
@@ -266,8 +296,11 @@ def row_of(results: Sequence[dict[str, Any]], styles: Sequence[str], variant: st
         plain.append(base - statistics.fmean(share(by_name[style, "none"]["answers"]) for style in styles))
         saved.append(plain[-1] - drops[-1])
         rows += own
+    short_of = [result.get("unreached", {}).get(f"{style}-with-{variant}") for result in results for style in styles]
+    short_of = [most for most in short_of if most is not None]
     if not drops:
-        return []
+        said = f"gain not reached: at most {max(short_of):.2f}" if short_of else ""
+        return [f"| {variant} | | {said} | | | | | | 0 |"] if said else []
     leaks = [row["leak"] for row in rows if row["leak"] and "mean_left" in row["leak"]]
     leak = [f"{statistics.fmean(one[f'mean_{side}'] for one in leaks):.1e}" for side in ("left", "right") if leaks]
     gain, scale = statistics.fmean(row["gain"] for row in rows), statistics.fmean(row["scale"] for row in rows)
@@ -280,7 +313,7 @@ def row_of(results: Sequence[dict[str, Any]], styles: Sequence[str], variant: st
         points(t_interval(drops)),
         points(t_interval(saved)) if variant != "none" else "",
         percent(fieller(saved, plain)) if variant != "none" else "",
-        str(len(drops)),
+        str(len(drops)) + (f" ({len(short_of)} did not reach the gain)" if short_of else ""),
     ]
     return ["| " + " | ".join(cells) + " |"]
 
@@ -309,16 +342,20 @@ def main() -> None:
         run(work, range(given.first, given.seeds), given.jobs, given.only)
     for folder in work.glob("seed-*/.hubforge"):
         collect(work, int(folder.parent.name.removeprefix("seed-")))
-    results = [json.loads(path.read_text()) for path in sorted((work / "results").glob("seed-*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted((work / "results").glob("*seed-*.json"))]
     if not results:
         raise SystemExit(f"nothing in {work / 'results'} yet")
     base = t_interval([share(result["instruct"]) for result in results])
-    machines = {f"{one['machine'].get('cpu', '')}, {one['machine']['platform']}" for one in results}
+    # Training differs in its last bits from one kind of processor to another: results that were made elsewhere, copied
+    # here as NAME-seed-N.json, are families of their own.
+    machines = sorted({f"{one['machine'].get('cpu', '')}, {one['machine']['platform']}" for one in results})
     versions = {name: version for result in results for name, version in result["versions"].items()}
-    print(f"{len(results)} seeds ({', '.join(str(one['seed']) for one in results)}), {len(results[0]['instruct'])} "
-          f"prompts each; {METRIC} of instruct {points(base)}; {'; '.join(sorted(machines))}; "
+    print(f"{len(results)} families (seeds {', '.join(str(one['seed']) for one in results)}), "
+          f"{len(results[0]['instruct'])} prompts each; {METRIC} of instruct {points(base)}; {'; '.join(machines)}; "
           f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}")  # fmt: skip
     print(table(results))
+    print("\n**Two ways compared**\n")
+    print(versus(results, "two-sided-64", ("random-64", "published-64", "two-sided-16")))
     print("\n**What is lost**: the four kinds of instruction that suffer most\n")
     print(lost(results, ("none", "two-sided-64", "random-64")))
 
