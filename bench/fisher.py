@@ -28,7 +28,8 @@ from torch import nn
 
 from hubforge.masks import _memory, _targets
 from hubforge.masks._engine import Run
-from hubforge.masks._importance import summary
+from hubforge.masks._fused import add_squares
+from hubforge.masks._importance import OnHost, summary
 from hubforge.masks._layers import cuts
 from hubforge.masks._losses import Example, Losses, batches
 from hubforge.masks._memory import Plan
@@ -99,6 +100,7 @@ def on_gpu(given: argparse.Namespace) -> None:
     exactness(device)
     for name in given.models:
         one_model(name, given, device, rate)
+    wide(device, given.small)
     print(f"all of it took {time.monotonic() - began:.1f} s")
 
 
@@ -136,24 +138,39 @@ def squares(device: str, small: bool) -> None:
         one = g.T @ x
         sums.addcmul_(one, one)
 
-    def widened() -> None:
-        one = (g.T @ x).float()
-        sums.addcmul_(one, one)
-
     def exact() -> None:
         one = torch.mm(g.T, x, out_dtype=torch.float32)
         sums.addcmul_(one, one)
 
-    for text, way in (
-        ("matmul alone", lambda: g.T @ x),
-        ("bf16", rounded),
-        ("bf16, widened", widened),
-        ("fp32", exact),
-    ):
+    def fused() -> None:
+        if not add_squares(sums, g[None], x[None]):
+            raise TypeError("there is no kernel for it here")
+
+    ways: dict[str, Callable[[], Any]] = {"matmul alone": lambda: g.T @ x}
+    ways |= {"bf16": rounded, "fp32": exact, "fused": fused}
+    if device == "cuda":
+        many = g.expand(8, *g.shape).contiguous(), x.expand(8, *x.shape).contiguous()
+        ways["fused, eight at a time"] = lambda: add_squares(sums, *many)
+    for text, way in ways.items():
         try:
             print(f"  one gradient and its squares, {text}: {1e3 * seconds(way, device):.3f} ms", flush=True)
         except (RuntimeError, TypeError) as error:
             print(f"  {text}: {str(error).splitlines()[0][:100]}", flush=True)
+    if device == "cuda":
+        check_kernel(rows, columns)
+
+
+def check_kernel(rows: int, columns: int) -> None:
+    """The kernel at these shapes against float64, on some rows: eight examples, the last half filled up."""
+    g, x = (torch.randn(8, 256, n, device="cuda", dtype=torch.bfloat16) for n in (rows, columns))
+    g[-1, 128:] = 0
+    sums = torch.zeros(rows, columns, device="cuda")
+    if not add_squares(sums, g, x):
+        print("  no fused kernel here")
+        return
+    some = torch.arange(0, rows, rows // 61, device="cuda")
+    truth = torch.einsum("bto,bti->boi", g[:, :, some].double(), x.double()).square().sum(0)
+    print(f"  fused, against float64: largest error {((sums[some] - truth).abs() / truth.max()).max():.1e}", flush=True)
 
 
 def exactness(device: str) -> None:
@@ -177,11 +194,13 @@ def exactness(device: str) -> None:
             print(f"  {engine}, {batch} at a time: {worst[0]:.1e} {worst[1]:.1e}", flush=True)
 
 
-def build(name: str, device: str, small: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
+def build(
+    name: str, device: str, small: bool, dtype: torch.dtype = torch.bfloat16, vocabulary: int | None = None
+) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     fields = (TINY if small else GEMMA)[name]
-    vocabulary = 300 if small else 262144
+    vocabulary = vocabulary or (300 if small else 262144)
     config = Gemma4TextConfig(
         vocab_size=vocabulary,
         vocab_size_per_layer_input=vocabulary,
@@ -199,6 +218,11 @@ def build(name: str, device: str, small: bool, dtype: torch.dtype = torch.bfloat
             model = Gemma4ForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Gemma 4 scales attention by its trained norms alone. At their initial 1 the scores of random weights
+            # spread by 16, and rounding decides which token is looked at: no two ways would agree on any gradient.
+            layer.self_attn.q_norm.weight.fill_(layer.self_attn.head_dim**-0.5)
     return model.requires_grad_(False)
 
 
@@ -232,6 +256,20 @@ def one_model(name: str, given: argparse.Namespace, device: str, rate: float) ->
         torch.cuda.empty_cache()
 
 
+def wide(device: str, small: bool) -> None:
+    """Six layers of 31B's widths in float32, where rounding cannot hide a mistake: two groups against the loop."""
+    GEMMA["wide"] = {**GEMMA["31B"], "num_hidden_layers": 6, "num_kv_shared_layers": 0}
+    TINY["wide"] = {**TINY["31B"], "num_hidden_layers": 6}
+    model = build("wide", device, small, torch.float32, vocabulary=300)
+    draw = torch.Generator().manual_seed(3)
+    examples = [Example(torch.randint(5, 300, (n,), generator=draw).tolist()) for n in (256, 200, 256, 90)]
+    covered = _targets.select({n: tuple(w.shape) for n, w in model.named_parameters()}, model.config.to_dict()).names
+    print("\nsix layers of 31B's widths in float32, against one example at a time, summed in float64")
+    for plan in (Plan("device", 4, 0, 0, 0), Plan("groups", 4, 0, 0, 0, ((3, 6), (0, 3)))):
+        print(f"  {plan.engine}, 4 at a time:")
+        compare(model, covered, plan, examples, device)
+
+
 def free(device: str, model: Any) -> _memory.Room:
     room = _memory.free(device, Path(tempfile.gettempdir()))
     held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -242,6 +280,7 @@ def timed(
     model: Any, weights: dict[str, nn.Parameter], plan: Plan, examples: list[Example], device: str, folder: Path
 ) -> float:
     """Seconds of one whole run, with the statistics of each weight and its mean on the host in bfloat16."""
+    on_host = OnHost(max(weight.numel() for weight in weights.values()))
     handed = {"seconds": 0.0, "bytes": 0, "sum": 0.0}
 
     def take(name: str, sums: torch.Tensor, even: torch.Tensor, whole: torch.Tensor) -> None:
@@ -249,7 +288,7 @@ def timed(
         start = time.monotonic()
         mean = sums / len(examples)
         handed["sum"] += summary(mean)["sum"]
-        handed["bytes"] += mean.to(torch.bfloat16).cpu().nbytes
+        handed["bytes"] += on_host(mean.to(torch.bfloat16)).nbytes
         handed["seconds"] += time.monotonic() - start
 
     marks: list[tuple[float, str]] = []

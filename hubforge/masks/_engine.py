@@ -73,7 +73,9 @@ class Run:
                 what = f"estimator: token, but {what}"
             raise StepError(what, mend="Narrow `targets`, or use estimator: sequence with batch_size: 1.")
         self._states = States(self.folder / "state") if self.folder is not None else None
-        self._last, self._pause = time.monotonic(), SAVE_EVERY
+        held = 4 * sum(math.prod(weight.shape) for weight in self.weights.values()) / max(len(self.plan.groups), 1)
+        # Until a state has been saved, a disk is taken to write a gigabyte in a second.
+        self._last, self._pause = time.monotonic(), max(SAVE_EVERY, held / 1e9 / SAVE_SHARE)
 
     def run(self, finish: Finish, finished: Collection[str] = ()) -> None:
         """Take in every example, and call `finish(name, sums, even, whole)` for each weight when its sum is complete.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ class Halves:
         if number % 2 == 0:
             some = gradient.view(-1)[self._place(name, gradient.device)]
             self.even[name].addcmul_(some, some)
+
+    def add_batch(self, name: str, x: Tensor, gradient: Tensor, numbers: Sequence[int]) -> None:
+        """The same from inputs (batch, length, in_features) and gradients (batch, length, out_features) of a linear."""
+        if even := [at for at, number in enumerate(numbers) if number % 2 == 0]:
+            place = self._place(name, gradient.device)
+            columns = gradient[even][:, :, place // x.shape[-1]].float()
+            some = (columns * x[even][:, :, place % x.shape[-1]]).sum(1)
+            self.even[name] += some.square().sum(0)
 
     def add_tokens(self, name: str, x: Tensor, gradient: Tensor, number: int) -> None:
         """The same from squared inputs (length, in_features) and squared gradients (length, out_features)."""

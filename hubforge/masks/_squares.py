@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hubforge.errors import StepError
+from hubforge.masks._fused import add_squares
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,6 +116,9 @@ class Squares:
         self._sums.close(name, into)
 
     def _sequences(self, name: str, x: Tensor, gradient: Tensor, into: Tensor) -> None:
+        if add_squares(into, gradient, x):
+            self._halves.add_batch(name, x, gradient, self.batch.numbers)
+            return
         for at, number in enumerate(self.batch.numbers):
             length = min(len(self.batch.examples[at].ids), x.shape[1])
             one = gradient[at, :length].T @ x[at, :length]

@@ -73,5 +73,5 @@ def test_the_sums_of_a_checkpoint_are_counted_by_layer() -> None:
     shapes = {"model.layers.0.mlp.up_proj.weight": (6, 4), "model.layers.0.norm.weight": (4,), "lm_head.weight": (9, 4)}
     work = work_of(shapes, ["model.layers.0.mlp.up_proj.weight"], {"vocab_size": 9, "hidden_size": 4}, [3, 5], 2, {0})
     assert (work.weights, work.sums) == (2 * (24 + 4 + 36), {"model.layers.0.mlp.up_proj.weight": 96})
-    assert (work.length, work.tokens, work.hidden, work.layers) == (5, 8, 8, {0: 2.0 * 2 * 10})
+    assert (work.length, work.tokens, work.hidden, work.layers) == (5, 8, 8, {0: 3.0 * 2 * 10})
     assert work_of(shapes, ["lm_head.weight"], {}, [3], 2, {0}).cuts == frozenset()
