@@ -157,6 +157,26 @@ def test_pickled_state_dicts_are_read_with_weights_only(tmp_path, legacy):
         assert found.read("b") == 2.0
 
 
+def test_a_pickled_tensor_is_read_by_rows_from_its_place_in_the_file(tmp_path, monkeypatch):
+    whole = torch.arange(4000.0).reshape(400, 10)
+    state = {"a": whole, "view": whole[100:200], "turned": whole.T, "none": torch.zeros(0, 3), "half": whole.half()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with open_checkpoint(tmp_path) as found:
+        for name, tensor in state.items():
+            assert torch.equal(found.read(name), tensor), name
+        asked = []
+        fill = type(found)._fill
+        monkeypatch.setattr(
+            type(found), "_fill", lambda self, buffer, *more: (asked.append(len(buffer)), fill(self, buffer, *more))
+        )
+        assert torch.equal(found.read_rows("view", 3, 5), whole[103:105])
+        assert asked == [2 * 10 * 4]
+        with (tmp_path / "pytorch_model.bin").open("r+b") as file:
+            file.truncate(2000)
+        with pytest.raises(SourceError, match=r"tensor 'a' ends .* bytes early"):
+            found.read("a")
+
+
 def test_pickled_shards_are_those_of_their_index(tmp_path):
     for number, name in enumerate("ab", 1):
         torch.save({name: torch.ones(2)}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
