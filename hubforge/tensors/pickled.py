@@ -90,7 +90,8 @@ def _start(tensor: Tensor) -> int:
     """The first byte of a tensor without data in the file that it was loaded from."""
     # torch.serialization: "_checkpoint_offset" is set where torch.load runs under FakeTensorMode.
     offset = int(tensor.untyped_storage()._checkpoint_offset)
-    return offset + int(tensor.storage_offset()) * tensor.element_size()
+    start: int = offset + tensor.storage_offset() * tensor.element_size()
+    return start
 
 
 def _load(file: Path) -> tuple[Mapping[str, Tensor], bool]:
