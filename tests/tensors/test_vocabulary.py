@@ -126,6 +126,35 @@ def test_wrong_tokens(model, context, run_op):
         Linear(models=["m", "o"], tokens={"<t>": {}})
 
 
+def test_a_unigram_tokenizer_takes_what_is_new_as_added_tokens(model, context, run_op, tensors_of):
+    folders = {"m": model("one", {"a": 1, "b": 2}), "o": model("two", {"b": 3, "c": 4})}
+    for folder, pieces in zip(folders.values(), ("ab", "bc"), strict=True):
+        vocab = [[piece, -1.0] for piece in pieces]
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": vocab}}))
+    ctx = context(**{name: ("model", folder) for name, folder in folders.items()})
+    run_op(Linear(models=["m", "o"], tokenizer="union"), ctx)
+    assert values(ctx.out, tensors_of) == [1.0, 2.5, 4.0]
+    made = json.loads((ctx.out / "tokenizer.json").read_text())
+    assert [piece for piece, _ in made["model"]["vocab"]] == ["a", "b"]  # Its ids are places: c's is behind them.
+    assert [(entry["content"], entry["id"], entry["special"]) for entry in made["added_tokens"]] == [("c", 2, False)]
+
+
+def test_a_table_for_each_layer_s_embeddings_moves_too(checkpoint_folder, context, run_op, tensors_of):
+    folders = {}
+    for name, tokens in {"m": "ab", "o": "ba"}.items():
+        rows = torch.tensor([[float(ord(token))] for token in tokens])
+        tensors = {"model.embed_tokens.weight": rows, "model.embed_tokens_per_layer.weight": 2 * rows}
+        config = {"model_type": "toy", "text_config": {"vocab_size": 2, "vocab_size_per_layer_input": 2}}
+        folders[name] = checkpoint_folder(name, tensors, config=config)
+        vocab = {token: number for number, token in enumerate(tokens)}
+        (folders[name] / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab}}))
+    ctx = context(**{name: ("model", folder) for name, folder in folders.items()})
+    run_op(Linear(models=["m", "o"], tokenizer="base", tokens={"z": {"model": "o", "token": "b"}}), ctx)
+    assert values(ctx.out, tensors_of, "model.embed_tokens_per_layer.weight") == [194.0, 196.0, 196.0]
+    config = json.loads((ctx.out / "config.json").read_text())
+    assert config["text_config"] == {"vocab_size": 3, "vocab_size_per_layer_input": 3}
+
+
 def test_real_tokenizers_united(tiny_llama, context, run_op, tmp_path):
     """What Transformers makes of the output: the base's text as before, the new tokens whole, tables of its length."""
     import shutil
