@@ -207,7 +207,9 @@ def main() -> None:
         for name, case in cases.items():
             documents = case["configuration"]
             documents = [documents] if isinstance(documents, dict) else documents
-            found = [written(document, models, work) | dtype for document in documents]
+            # What lies between is not rounded: ours computes it in the pass of what reads it.
+            types = [dict(dtype) if document is documents[-1] else {"dtype": dtype["dtype"]} for document in documents]
+            found = [written(each, models, work) | kind for each, kind in zip(documents, types, strict=True)]
             (work / f"{slug(name)}.yml").write_text(yaml.safe_dump_all(found, sort_keys=False))
         (work / "driver.py").write_text(DRIVER)
         with (work / "log").open("w") as log:
