@@ -53,6 +53,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.yml")):
 CASES = Path(__file__).with_suffix(".yaml")
 REASONS = {
     "random": "which elements are kept is drawn otherwise",
+    "between": "last places of the model between decide which elements at the threshold are trimmed",
     "head": "they merge the last slice's norm and head from as many models as the first slice has",
 }
 FAMILIES = {
