@@ -198,6 +198,14 @@ def test_layers_of_a_model_at_hand_are_counted(tiny_llama, tmp_path):
     assert imported(text(1), tmp_path)[1]["merged"]["slices"] == [{"model": "tiny-llama", "layers": [0, 1]}]
 
 
+def test_modules_that_are_merged_alike_are_the_model(tmp_path):
+    module = "{models: [{model: o/a}, {model: o/b}], parameters: {weight: 1}}"
+    text = f"merge_method: linear\nmodules: {{text: {module}, vision: {module}}}\n"
+    assert imported(text, tmp_path)[1]["merged"] == {"op": "linear", "models": ["a", "b"], "weights": [1, 1]}
+    with pytest.raises(RecipeError, match="modules can only be merged alike"):
+        import_mergekit(text.replace("weight: 1}", "weight: 2}", 1))
+
+
 def test_documents_that_need_one_another(tmp_path):
     sources, stages, _ = imported(
         """

@@ -105,9 +105,9 @@ class _Import:
         self.around(document)
         parts = document
         if modules := document.get("modules"):
-            if len(modules) != 1:
-                raise self.refuse("modules: a model of several modules cannot be merged module by module")
-            (parts,) = modules.values()
+            parts, *rest = modules.values()
+            if any(other != parts for other in rest) or (rest and parts.get("slices")):
+                raise self.refuse("modules: a model's modules can only be merged alike, and whole")
         scopes = [parts.get("parameters") or {}, document.get("parameters") or {}]
         merge = Merge(self, method, document.get("base_model"), scopes, self.dtype(document), self.tokens(document))
         slices = parts.get("slices") or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -259,7 +260,8 @@ def _warn_of_another_base(adapter: Adapter, base: Artifact, ctx: Context) -> Non
     Only a warning: an adapter of a pretrained model is often applied to the instruct model made from it.
     """
     trained_on, repo = adapter.config.base_model, str(base.origin.get("repo") or "")
-    if trained_on and repo and trained_on.rstrip("/").lower() != repo.lower():
+    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", trained_on)
+    if is_repo and repo and trained_on.lower() != repo.lower():
         ctx.warn(f"{adapter.name} was trained on {trained_on}, and is applied to {base.name}, which is {repo}")
 
 

@@ -182,7 +182,9 @@ def test_an_adapter_of_a_model_of_other_shapes(context, checkpoint_folder, adapt
         run_op(Apply(model="m", adapters=["a"]), ctx)
 
 
-@pytest.mark.parametrize(("base_name", "warned"), [("org/that", True), ("ORG/this", False), ("", False)])
+@pytest.mark.parametrize(
+    ("base_name", "warned"), [("org/that", True), ("ORG/this", False), ("./out/that", False), ("", False)]
+)
 def test_an_adapter_of_a_model_of_another_name(base_name, warned, context, checkpoint_folder, adapter_folder, run_op):
     said = []
     ctx = adapted(context, checkpoint_folder, adapter_folder, (4, 4), base_name, said)
