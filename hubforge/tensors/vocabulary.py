@@ -235,19 +235,34 @@ class Remapped(Checkpoint):
         for number in plan.forced:
             if first <= number < last:
                 own[number - first] = -2
-        starts = np.flatnonzero(np.diff(own, prepend=own[:1] - 2) != 1)
-        for start, end in zip(starts, [*starts[1:], len(own)], strict=True):
-            if own[start] >= 0:
-                read = self._inner.read_rows(name, int(own[start]), int(own[start] + end - start))
-                rows[start:end] = read.float()
-        for place in np.flatnonzero(own < 0):
+        _gather(self._inner, name, own, rows)
+        left = own < 0
+        if left.any():
+            left &= ~self._from_others(name, first, last, left, rows)
+        for place in np.flatnonzero(left):
             rows[place] = self._stand_in(name, first + int(place), mean)
         return rows
 
+    def _from_others(self, name: str, first: int, last: int, lacking: Any, rows: Tensor) -> Any:
+        """Fill the rows of tokens that the base has, many at once; which those are."""
+        import numpy as np
+
+        plan = self._vocabulary
+        checkpoint, table = self._tables(name).get(plan.base, (None, None))
+        own = np.full(last - first, -2, dtype=np.int64)
+        if checkpoint is None or table is None:
+            return own >= 0
+        known = plan.own[plan.base][first:last]
+        own[: len(known)] = np.where((known >= 0) & (known < table.rows), known, -2)
+        own[~lacking] = -2
+        for token in plan.wanted.tokens:
+            if first <= (number := plan.tokens.ids[token]) < last:
+                own[number - first] = -2
+        _gather(checkpoint, table.name, own, rows)
+        return own >= 0
+
     def _stand_in(self, name: str, row: int, mean: Any) -> Tensor | float:
-        if name not in self._found:
-            self._found[name] = self._tables(name)
-        tables = self._found[name]
+        tables = self._tables(name)
         donors = self._vocabulary.donors(row, {ref: table.rows for ref, (_, table) in tables.items()})
         if donors == _MEAN:
             found: Tensor | float = mean(name)
@@ -260,13 +275,14 @@ class Remapped(Checkpoint):
 
     def _tables(self, name: str) -> dict[str, tuple[Checkpoint, TensorInfo]]:
         """The same table in each model that has it, of the same width."""
-        found = {}
-        width = self.info(name).shape[1:]
-        for ref, held in self._vocabulary.held.items():
-            own = held.names.find(name)
-            if own is not None and held.checkpoint.info(own).shape[1:] == width:
-                found[ref] = held.checkpoint, held.checkpoint.info(own)
-        return found
+        if name not in self._found:
+            found, width = {}, self.info(name).shape[1:]
+            for ref, held in self._vocabulary.held.items():
+                own = held.names.find(name)
+                if own is not None and held.checkpoint.info(own).shape[1:] == width:
+                    found[ref] = held.checkpoint, held.checkpoint.info(own)
+            self._found[name] = found
+        return self._found[name]
 
     def _mean(self, name: str) -> Tensor:
         """The mean row of the tokens that have one."""
@@ -285,3 +301,14 @@ class Remapped(Checkpoint):
                     count += int(there.sum())
                 self._means[name] = (total / max(count, 1)).float()
             return self._means[name]
+
+
+def _gather(checkpoint: Checkpoint, name: str, numbers: Any, into: Tensor) -> None:
+    """Read the rows of those numbers into their places, those that follow one another at once; -2 leaves a place."""
+    import numpy as np
+
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 2) != 1)
+    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        if numbers[start] >= 0:
+            read = checkpoint.read_rows(name, int(numbers[start]), int(numbers[start] + end - start))
+            into[start:end] = read.float()
