@@ -15,7 +15,7 @@ from hubforge.op import AdapterRef, Context, Kind, Metrics, Op
 from hubforge.tensors.adapter import CONFIG, Adapter, delta, open_adapter
 from hubforge.tensors.adapter_writer import Merged, align, merge_adapters
 from hubforge.tensors.low_rank import LowRank, reduce_matrix, reduce_product, summary, write_ranks
-from hubforge.tensors.peft_merge import Method, SignMethod, combine, generator_for
+from hubforge.tensors.peft_merge import Method, SignMethod, combine, generator_for, signed_roots
 from hubforge.tensors.writer import write_whole
 
 if TYPE_CHECKING:
@@ -202,9 +202,7 @@ class MergeAdapters(Op):
         def merge(module: Merged) -> tuple[Tensor, Tensor]:
             factors = [adapters[i].factors(part.name) for i, part in module.parts.items()]
             scales = zip(self._weights(module), module.parts.values(), strict=True)
-            scaled = [weight * part.scaling for weight, part in scales]
-            roots = [math.sqrt(abs(scale)) for scale in scaled]
-            signed = [root if scale >= 0 else -root for root, scale in zip(roots, scaled, strict=True)]
+            signed, roots = signed_roots([weight * part.scaling for weight, part in scales])
             drawn = generator_for(ctx.seed, module.name)
             a = self._combine(way, [a for a, _ in factors], signed, drawn)
             b = self._combine(way, [b for _, b in factors], roots, drawn)

@@ -13,11 +13,10 @@ from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, Kind, Metrics, Op
 from hubforge.tensors.adapter import Adapter, open_adapter
 from hubforge.tensors.adapter_writer import Merged, align, merge_adapters
+from hubforge.tensors.peft_merge import SignMethod, combine, signed_roots
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SignMethod = Literal["total", "frequency"]
 
 
 class Ties(Op):
@@ -72,14 +71,12 @@ class Ties(Op):
 
             def merge(module: Merged) -> tuple[Tensor, Tensor]:
                 factors = [adapters[i].factors(part.name) for i, part in module.parts.items()]
-                scaled = [weights[i] * part.scaling for i, part in module.parts.items()]
-                roots = [math.sqrt(abs(scale)) for scale in scaled]
-                signed = [
-                    math.copysign(root, scale) if scale else 0.0 for root, scale in zip(roots, scaled, strict=True)
-                ]
-                a = ties([a for a, _ in factors], signed, self.density, self.majority_sign_method)
-                b = ties([b for _, b in factors], roots, self.density, self.majority_sign_method)
-                return a, b
+                signed, roots = signed_roots([weights[i] * part.scaling for i, part in module.parts.items()])
+                how = self.density, self.majority_sign_method
+                return (
+                    combine("ties", [a for a, _ in factors], signed, *how),
+                    combine("ties", [b for _, b in factors], roots, *how),
+                )
 
             return merge_adapters(ctx, adapters, merge, lambda module: module.first.rank, self.dtype)
 
@@ -91,39 +88,3 @@ def _require_one_rank(adapters: Sequence[Adapter], ctx: Context) -> None:
             found = ", ".join(f"{rank} in {name}" for name, rank in ranks.items())
             what = f"ties needs adapters of one rank, but that of {module.name} is {found}"
             raise StepError(what, where=ctx.where, mend="`op: average` merges adapters of any ranks.")
-
-
-def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, method: SignMethod = "total") -> Tensor:
-    """The TIES merge of tensors of one shape, float32. Signs are elected before weighting, as PEFT does."""
-    import torch
-
-    trimmed = torch.stack([trim(tensor, density) for tensor in tensors])
-    agrees = trimmed.sign() == elect_sign(trimmed, method)
-    scale = torch.tensor(list(weights)).view(-1, *[1] * tensors[0].dim())
-    return (trimmed * scale * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
-
-
-def trim(tensor: Tensor, density: float) -> Tensor:
-    """The tensor with only its int(density · n) largest magnitudes, the rest zero.
-
-    Equal magnitudes at the threshold are taken as torch.topk takes them.
-    """
-    import torch
-
-    if density >= 1:
-        return tensor
-    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-    mask[kept] = 1
-    return tensor * mask.view(tensor.shape)
-
-
-def elect_sign(trimmed: Tensor, method: SignMethod) -> Tensor:
-    """Sign of the sum (total) or of the sum of signs (frequency) over the first dimension: +1 or -1.
-
-    A zero sum elects +1, as PEFT does; the paper leaves it open.
-    """
-    import torch
-
-    votes = trimmed if method == "total" else trimmed.sign()
-    return torch.where(votes.sum(0) >= 0, 1, -1)

@@ -1,12 +1,13 @@
 """PEFT's arithmetic on the tensors of several adapters: prune each, then sum, or elect signs and average what agrees.
 
-The same operations in the same order as peft.utils.merge_utils 0.21, so the bits are the same, given the same state of
-the generator.
+The same values in the same order as peft.utils.merge_utils 0.21, so the bits are the same, given the same state of the
+generator. Masks are floats of 0 and 1, which torch multiplies by ten times as fast as by booleans.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -38,24 +39,42 @@ def combine(
         tensors = [drop(tensor, density, generator) for tensor in tensors]
     elif method != "linear":
         tensors = [trim(tensor, density) for tensor in tensors]
-    stacked = torch.stack(list(tensors))
-    weighted = stacked * torch.tensor(list(weights)).view(-1, *[1] * (stacked.dim() - 1))
-    if method in ("ties", "dare_ties"):
-        agrees = stacked.sign() == elect_sign(stacked, sign_method)
-        return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
-    return weighted.sum(0)
+    elected = elect_sign(tensors, sign_method) if method in ("ties", "dare_ties") else None
+    # Sums start from a zero, as torch's do: the sum of negative zeros is then a positive one.
+    merged, part = torch.zeros_like(tensors[0]), torch.empty_like(tensors[0])
+    agrees, count = torch.empty_like(merged), torch.zeros_like(merged)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        torch.mul(tensor, weight, out=part)
+        if elected is None:
+            merged += part
+        else:
+            torch.sign(tensor, out=agrees).mul_(elected).clamp_(min=0)
+            count += agrees
+            merged += part.mul_(agrees)
+    return merged if elected is None else merged.div_(count.clamp_(min=1))
+
+
+def signed_roots(scales: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The factors of each adapter's A and B in what PEFT does with factors: √|scale| each, A with the scale's sign."""
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    return [-root if scale < 0 else root for root, scale in zip(roots, scales, strict=True)], roots
 
 
 def trim(tensor: Tensor, density: float) -> Tensor:
-    """The tensor with only its int(density · n) largest magnitudes, the rest zero."""
+    """The tensor with only its int(density · n) largest magnitudes, the rest zero.
+
+    Equal magnitudes at the threshold (factors in bfloat16 have many) are taken as torch.topk takes them.
+    """
     import torch
 
     if density >= 1:
         return tensor
-    kept = tensor.abs().reshape(-1).topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-    mask[kept] = 1
-    return tensor * mask.reshape(tensor.shape)
+    # Unsorted it takes the same ones, in half the time.
+    flat = tensor.reshape(-1)
+    kept = flat.abs().topk(int(density * tensor.numel()), sorted=False).indices
+    trimmed = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+    trimmed[kept] = flat[kept]
+    return trimmed.view(tensor.shape)
 
 
 def drop(tensor: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
@@ -70,12 +89,17 @@ def drop(tensor: Tensor, density: float, generator: torch.Generator | None) -> T
     return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
 
 
-def elect_sign(stacked: Tensor, method: SignMethod) -> Tensor:
-    """Sign of the sum (total) or of the sum of signs (frequency) over the first dimension; a zero sum elects +1."""
+def elect_sign(tensors: Sequence[Tensor], method: SignMethod) -> Tensor:
+    """Sign of the sum (total) or of the sum of signs (frequency): +1 or -1.
+
+    A zero sum elects +1, as PEFT does; the paper leaves it open.
+    """
     import torch
 
-    votes = stacked if method == "total" else stacked.sign()
-    return torch.where(votes.sum(0) >= 0, 1, -1)
+    votes = torch.zeros_like(tensors[0])
+    for tensor in tensors:
+        votes += tensor if method == "total" else tensor.sign()
+    return votes.sign_().mul_(2).add_(1).clamp_(-1, 1)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -4,25 +4,26 @@ import pytest
 import torch
 
 from hubforge.errors import StepError
-from hubforge.stages.ties import Ties, elect_sign, ties, trim
+from hubforge.stages.ties import Ties
+from hubforge.tensors.peft_merge import combine, elect_sign, trim
 
 
 def test_by_hand():
     one, two = torch.tensor([4.0, -1.0, 2.0, 0.1]), torch.tensor([-1.0, -3.0, 4.0, 0.2])
     # Half of each is kept: (4, 0, 2, 0) and (0, -3, 4, 0). Signs: +, -, +, + (a zero sum). Means of what agrees:
     # 4, -3, (2 + 4) / 2; the last has nothing to take the mean of.
-    assert ties([one, two], [1.0, 1.0], density=0.5).tolist() == [4.0, -3.0, 3.0, 0.0]
+    assert combine("ties", [one, two], [1.0, 1.0], density=0.5).tolist() == [4.0, -3.0, 3.0, 0.0]
 
 
 def test_signs_are_elected_before_weighting():
     one, two = torch.tensor([3.0]), torch.tensor([-2.0])
-    assert ties([one, two], [0.1, 10.0], density=1).tolist() == [pytest.approx(0.3)]
+    assert combine("ties", [one, two], [0.1, 10.0], density=1).tolist() == [pytest.approx(0.3)]
 
 
 def test_total_and_frequency_differ():
-    votes = torch.tensor([[5.0], [-1.0], [-1.0]])
+    votes = [torch.tensor([5.0]), torch.tensor([-1.0]), torch.tensor([-1.0])]
     assert (elect_sign(votes, "total").item(), elect_sign(votes, "frequency").item()) == (1, -1)
-    assert elect_sign(torch.tensor([[1.0], [-1.0]]), "total").item() == 1
+    assert elect_sign([torch.tensor([1.0]), torch.tensor([-1.0])], "total").item() == 1
 
 
 @pytest.mark.parametrize(("density", "kept"), [(0.01, 0), (0.2, 2), (0.29, 2), (1.0, 10)])
@@ -34,7 +35,22 @@ def test_trim_keeps_the_largest(density, kept):
 
 def test_one_tensor_twice_is_that_tensor():
     tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ties([tensor, tensor], [1.0, 1.0], density=1), tensor)
+    assert torch.equal(combine("ties", [tensor, tensor], [1.0, 1.0], density=1), tensor)
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("count", [2, 3, 9])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.7])
+def test_of_bfloat16_factors_it_has_pefts_bits(sign, count, density):
+    from peft.utils import merge_utils
+
+    # Rounded to bfloat16, as adapters are saved, many magnitudes are equal at the threshold.
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(16, 300, generator=generator).bfloat16().float() for _ in range(count)]
+    weights = [0.7 - 0.3 * i for i in range(count)]
+    expected = merge_utils.ties(tensors, torch.tensor(weights), density, sign)
+    found = combine("ties", tensors, weights, density, sign)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.fixture(scope="module")
