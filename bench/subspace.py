@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hubforge.masks._spectrum import leading
+from hubforge.tensors.spectrum import leading
 
 # (out, in) of the matrices of a layer with sliding attention, of one with full attention (head_dim 512), of the MLP.
 SHAPES = {

@@ -25,7 +25,7 @@ from hubforge.tensors.reader import open_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hubforge.masks._spectrum import Leading
+    from hubforge.tensors.spectrum import Leading
 
 Facts = dict[str, Any]  # what is known of one matrix: JSON
 DONE = "computed.json"  # under ctx.out once every matrix is in the work folder
@@ -144,7 +144,7 @@ class Subspace(Op):
 
     def _compute(self, ctx: Context, pair: Matrices, limits: Mapping[str, int]) -> dict[str, Facts]:
         """Fill ctx.out/work with U, S and V of every matrix, padded with zeros to its limit; what is known of each."""
-        from hubforge.masks._spectrum import leading
+        from hubforge.tensors.spectrum import leading
 
         if (ctx.out / DONE).is_file():
             known: dict[str, Facts] = json.loads((ctx.out / DONE).read_text(encoding="utf-8"))

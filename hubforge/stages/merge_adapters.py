@@ -56,6 +56,7 @@ class MergeAdapters(Op):
     """
 
     makes: ClassVar[Kind] = "adapter"
+    version: ClassVar[int] = 2  # Another eigensolver.
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits depend on the processor; the ways without svd are exact.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy", "scipy")

@@ -1,29 +1,29 @@
 """The best approximation of a matrix by another of lower rank, exactly, and what it leaves out.
 
 By Eckart and Young (1936) it is U · diag(S) · Vᵀ of the leading singular triples. A product of factors is solved
-through their QR decompositions, at the cost of the factors alone; any other matrix through the eigenvectors of its Gram
-matrix on the smaller side. Both in float64: no randomized solver, since the spectra of fine-tuning deltas decay slowly,
-and there those find another subspace while the energy they report still reads .999.
+through their QR decompositions in float64, at the cost of the factors alone; any other matrix by the eigenvectors that
+`spectrum.py` finds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import StepError
 from hubforge.tensors.names import natural_order
+from hubforge.tensors.spectrum import eigenpairs
 from hubforge.tensors.writer import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANKS = "ranks.json"  # beside an adapter that was brought to a lower rank: the facts of each matrix
 _BLOCK = 1 << 22  # elements turned into float64 at once
+RANKS = "ranks.json"  # beside an adapter that was brought to a lower rank: the facts of each matrix
 
 
 @dataclass(frozen=True)
@@ -91,43 +91,23 @@ def _rotate(reflectors: Tensor, tau: Tensor, columns: Tensor) -> Tensor:
 def reduce_matrix(W: Tensor, rank: int, energy: float | None = None) -> LowRank:
     """A float32 matrix brought to `rank`, or less where its numerical rank is less.
 
-    energy: stop at the smallest rank that keeps this share. What is kept is measured on W, not read off the
-    eigenvalues. Singular values below 1e-6 of the first are rounding in the Gram matrix and count as zero. Holds two
-    float64 copies of the Gram matrix (that of the smaller side) and one of the factors. StepError for NaN.
+    energy: stop at the smallest rank that keeps this share. What is kept is measured on W in float64, not read off the
+    eigenvalues. Holds two float64 copies of the Gram matrix (that of the smaller side) and one of the factors.
+    StepError for NaN.
     """
     import torch
-    from scipy.linalg import eigh
 
     wide = W if W.shape[0] <= W.shape[1] else W.T  # (m, n), m <= n
-    m, n = wide.shape
-    gram = torch.zeros(m, m, dtype=torch.float64)
-    for _, block in _columns(wide):
-        gram += block @ block.T
-    total = float(gram.trace())
-    if not math.isfinite(total):
-        raise StepError("the matrix holds NaN or infinity")
-    k = min(rank, m)
-    values, found = eigh(gram.numpy(), subset_by_index=[m - k, m - 1], driver="evr", check_finite=False)
-    threshold = m * torch.finfo(torch.float64).eps * max(float(values[-1]), 0.0)
-    E = torch.from_numpy(found[:, values > threshold]).flip(1)  # (m, rank), the largest first
-    projected = torch.empty(E.shape[1], n, dtype=torch.float64)
-    for first, block in _columns(wide):
-        projected[:, first : first + block.shape[1]] = E.T @ block
+    found, total = eigenpairs(wide, rank, energy)
+    E = torch.from_numpy(found.vectors) if found else torch.zeros(len(wide), 0, dtype=torch.float64)  # (m, rank)
+    projected = torch.empty(E.shape[1], wide.shape[1], dtype=torch.float64)
+    step = max(1, _BLOCK // max(len(wide), 1))
+    for first in range(0, wide.shape[1], step):
+        projected[:, first : first + step] = E.T @ wide[:, first : first + step].double()
     S = projected.norm(dim=1)
-    if energy is not None and len(S):
-        # An energy of 1 asks for all there is, whatever rounding made of the sum.
-        enough = int(((S**2).cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1
-        E, projected, S = E[:, :enough], projected[:enough], S[:enough]
     if wide is W:
         return LowRank((projected / S[:, None]).float(), (E * S).float(), S, total)
     return LowRank(E.T.float().contiguous(), projected.T.float().contiguous(), S, total)
-
-
-def _columns(wide: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of columns in float64, each with the number of its first."""
-    step = max(1, _BLOCK // max(wide.shape[0], 1))
-    for first in range(0, wide.shape[1], step):
-        yield first, wide[:, first : first + step].double()
 
 
 def summary(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

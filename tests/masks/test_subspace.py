@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from hubforge.errors import HubforgeError, SourceError, StepError
 from hubforge.events import Event, Note, Progress
-from hubforge.masks import _spectrum
 from hubforge.masks._pair import rounding_energy
-from hubforge.masks._spectrum import leading
 from hubforge.masks.subspace import Subspace
 from hubforge.op import Artifact, Context
+from hubforge.tensors import spectrum
+from hubforge.tensors.spectrum import leading
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -187,7 +187,7 @@ def test_a_solver_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     W = matrix(30, 77, torch.linspace(2, 1, 30).double())
     whole = leading(W, 5)
-    monkeypatch.setattr(_spectrum, "_BLOCK", 100)
+    monkeypatch.setattr(spectrum, "_BLOCK", 100)
     torch.testing.assert_close(leading(W, 5).U.abs(), whole.U.abs(), rtol=0, atol=1e-6)
     torch.testing.assert_close(leading(W.T, 5).V.abs(), whole.U.abs(), rtol=0, atol=1e-6)
 
@@ -337,7 +337,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     undisturbed = op(**fields).run(context(whole, tiny_llama_other, tiny_llama))
     calls: list[torch.Size] = []
     real = leading
-    monkeypatch.setattr(_spectrum, "leading", lambda W, *rest: calls.append(W.shape) or real(W, *rest))
+    monkeypatch.setattr(spectrum, "leading", lambda W, *rest: calls.append(W.shape) or real(W, *rest))
 
     def kill_at_five(event: Event) -> None:
         if isinstance(event, Progress) and event.done == 5:
@@ -370,7 +370,7 @@ def test_a_run_killed_while_it_finishes_computes_nothing_twice(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(module, moment, kill)
         op(**fields).run(context(cut, tiny_llama_other, tiny_llama))
-    monkeypatch.setattr(_spectrum, "leading", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(spectrum, "leading", lambda *_: pytest.fail("computed again"))
     op(**fields).run(context(cut, tiny_llama_other, tiny_llama))
     assert {p.name: p.read_bytes() for p in cut.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 

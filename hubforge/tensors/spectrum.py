@@ -49,7 +49,7 @@ class Leading:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """The leading eigenpairs of a Gram matrix, float64."""
 
     values: numpy.ndarray  # (k,), falling
@@ -68,26 +68,34 @@ def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
     side of W, n the larger.
     Source: Davis and Kahan 1970; Yu, Wang and Samworth 2015, arXiv:1405.0680, theorem 2.
     """
-    import numpy
     import torch
 
     wide = W if W.shape[0] <= W.shape[1] else W.T  # (m, n), m <= n
+    found, total = eigenpairs(wide, rank, energy)
+    if found is None:
+        return Leading(W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0), total, 0.0, 0.0)
+    near, S, far = _both_sides(wide, torch.from_numpy(found.vectors), math.sqrt(total))
+    U, V = (near, far) if wide is W else (far, near)
+    return Leading(U, S, V, total, found.residual / float(found.values[0]), found.angle, found.solver)
+
+
+def eigenpairs(wide: Tensor, rank: int, energy: float | None = None) -> tuple[Pairs | None, float]:
+    """The leading eigenpairs of W·Wᵀ, and its trace, for W with no more rows than columns; None for a W of zeros."""
+    import numpy
+
     m = wide.shape[0]
     G = _gram(wide)
     total = float(numpy.trace(G))
     if not math.isfinite(total):
         raise StepError("the difference is not finite")
     if total == 0:
-        return Leading(W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0), total, 0.0, 0.0)
+        return None, total
     k = min(rank, m)
     spare = max(16, k // 4)
     found = None
     if 2 * (k + spare) < m and k < _STEEP * _effective_rank(G, total):
         found = _refined(G, k, spare, energy, total)
-    found = found or _exact(G, k, energy, total)
-    near, S, far = _both_sides(wide, torch.from_numpy(found.vectors), math.sqrt(total))
-    U, V = (near, far) if wide is W else (far, near)
-    return Leading(U, S, V, total, found.residual / float(found.values[0]), found.angle, found.solver)
+    return found or _exact(G, k, energy, total), total
 
 
 def _effective_rank(G: numpy.ndarray, total: float) -> float:
@@ -98,7 +106,7 @@ def _effective_rank(G: numpy.ndarray, total: float) -> float:
     return total**2 / squares
 
 
-def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: float) -> _Pairs | None:
+def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: float) -> Pairs | None:
     """Eigenvectors in float32, k and some to spare, refined in float64; None unless the bound on the angle is small.
 
     With X the Ritz vectors kept, Y the others at hand and Z all that is left, G is block diagonal but for the residuals
@@ -134,11 +142,11 @@ def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: 
         first += float(numpy.finfo(numpy.float64).eps) * total
         outside, inside = float(values[kept - 1]) - beyond, float(values[kept - 1] - values[kept])
         if outside > 0 and inside > 0 and (angle := first / outside * (1 + others / inside)) <= _ANGLE:
-            return _Pairs(values[:kept], X, first, angle, "refined")
+            return Pairs(values[:kept], X, first, angle, "refined")
     return None
 
 
-def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> _Pairs:
+def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> Pairs:
     """Eigenvectors in float64, and Davis and Kahan's bound: residual over the gap to the next eigenvalue."""
     import numpy
     from scipy.linalg import eigh
@@ -158,7 +166,7 @@ def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> _Pai
     # Rounding in the Gram matrix itself counts as residual too.
     uncertain, gap = residual + float(numpy.finfo(numpy.float64).eps) * total, float(values[-1]) - following
     angle = 0.0 if kept == m else min(1.0, uncertain / gap) if gap > 0 else 1.0
-    return _Pairs(values, vectors, residual, angle, "exact")
+    return Pairs(values, vectors, residual, angle, "exact")
 
 
 def _enough(values: numpy.ndarray, energy: float | None, total: float, m: int) -> int:
