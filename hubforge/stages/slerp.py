@@ -1,19 +1,34 @@
-"""Two models joined along the arc between them, tensor by tensor."""
+"""Two models joined along the arc between them, tensor by tensor or as wholes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from hubforge.op import ModelRef, Place
+from hubforge.op import Context, ModelRef, Place
 from hubforge.stages._models import Models, from_base
+from hubforge.tensors.desk import Desk
+from hubforge.tensors.inputs import Opened, is_buffer, open_inputs
+from hubforge.tensors.names import natural_order
 from hubforge.tensors.schedule import Schedule, values_of
+from hubforge.tensors.targets import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The number of layers; and a·a, a·d and d·d of whole models a and a + d."""
+
+    layers: int
+    products: Mapping[str, float]
 
 
 class Slerp(Models):
@@ -21,7 +36,8 @@ class Slerp(Models):
 
     The angle is taken by atan2, in float64, from the difference of the two: it stays exact for models that are nearly
     the same, where an arccosine loses it. A tensor that is zero in one model, or whose angle is 0 or π, has no arc;
-    it goes along the straight line instead.
+    it goes along the straight line instead. With `scope: whole` one angle, that of the models as single vectors of all
+    their merged tensors, is taken for every tensor.
     """
 
     version: ClassVar[int] = 2  # The second product is added without being rounded.
@@ -32,6 +48,11 @@ class Slerp(Models):
     to: ModelRef = Field(description="The model at t = 1, of the same shapes.")
     t: Schedule = Field(description="Share of the angle that is gone, in [0, 1]; 0 gives the model's bytes.")
 
+    scope: Literal["tensor", "whole"] = Field(
+        "tensor",
+        description="What the angle is of: each tensor for itself, or the whole models, which are then read once more.",
+    )
+
     @field_validator("t")
     @classmethod
     def _is_a_share(cls, t: Schedule) -> Schedule:
@@ -40,6 +61,12 @@ class Slerp(Models):
                 raise ValueError(f"is {value:g}, but must lie in [0, 1]: it is the share of the angle that is gone")
         return t
 
+    @model_validator(mode="after")
+    def _whole_models_have_one_vocabulary(self) -> Slerp:
+        if self.scope == "whole" and self.tokenizer is not None:
+            raise ValueError("scope: whole takes the models' tensors as they are, so it takes no tokenizer")
+        return self
+
     @property
     def merged(self) -> tuple[ModelRef, ...]:
         return from_base(self.model, [self.to])
@@ -47,19 +74,57 @@ class Slerp(Models):
     def changes(self, name: str, present: frozenset[str]) -> bool:
         return super().changes(name, present) and any(t > 0 for t in values_of(self.t))
 
+    def apart(self) -> str:
+        return "its angle is that of whole models" if self.scope == "whole" else super().apart()
+
+    def prepare(self, ctx: Context) -> Any:
+        layers = super().prepare(ctx)
+        return Whole(layers, self._products_of_all(ctx)) if self.scope == "whole" else layers
+
+    def _products_of_all(self, ctx: Context) -> dict[str, float]:
+        """The products of the models as single vectors; summed in the order of the tensors and their rows."""
+        import torch
+
+        with ExitStack() as stack:
+            desk = Desk()
+            inputs = open_inputs(self, ctx, Opened(stack, desk), {})
+            blocks = [
+                (name, first, min(first + step, info.rows))
+                for name, info in inputs.base.tensors.items()
+                if self.changes(name, inputs.present(name)) and not is_buffer(name, inputs)
+                for step in [max(1, BLOCK * info.rows // max(info.elements, 1))]
+                for first in range(0, info.rows, step)
+            ]
+            blocks.sort(key=lambda block: (natural_order(block[0]), block[1]))
+
+            def found(block: tuple[str, int, int]) -> dict[str, float]:
+                desk.start()
+                return products(*(inputs.by_ref[ref].rows(*block) for ref in (str(self.model), str(self.to))))
+
+            before = torch.get_num_threads()
+            # One intra-op thread each, as in the engine: more would change the order of sums.
+            with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                each = list(pool.map(found, blocks))
+            torch.set_num_threads(before)
+        return {name: math.fsum(one[name] for one in each) for name in ("aa", "ad", "dd")}
+
+    def value(self, schedule: Any, at: Place) -> float:
+        return super().value(schedule, replace(at, known=at.known.layers) if isinstance(at.known, Whole) else at)
+
     def measures(self) -> int:
-        return 1
+        return int(self.scope == "tensor")
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         return products(w[self.model], w[self.to])
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
-        if at.totals["dd"] == 0:
+        known = at.known.products if isinstance(at.known, Whole) else at.totals
+        if known["dd"] == 0:
             return w[self.model]
         t = self.value(self.t, at)
         if t in (0, 1):  # An infinite bound times 0 would be NaN.
             return w[self.to if t else self.model]
-        kept, taken = shares(angle(**at.totals), t)
+        kept, taken = shares(angle(**known), t)
         return (w[self.model] * kept).add_(w[self.to], alpha=taken)
 
 

@@ -29,7 +29,7 @@ from hubforge.tensors.towers import edited, keeps
 from hubforge.tensors.work import Work
 from hubforge.tensors.writer import Writer
 
-_KEPT = 8  # the share of the memory that holds rows from a measuring pass to the next is 1 / _KEPT
+_KEPT = 16  # the share of the memory that holds rows from a measuring pass to the next is 1 / _KEPT
 
 
 def run_tensor_op(

@@ -96,6 +96,34 @@ def test_a_merged_model_loads_and_lies_between(tiny_llama, tiny_llama_other, con
         assert torch.equal(merged[name], expected), name
 
 
+def test_whole_models_have_one_angle(checkpoint_folder, context, run_op, tensors_of):
+    one = checkpoint_folder("one", {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[0.0], [1.0]])})
+    two = checkpoint_folder("two", {"a": torch.tensor([0.0, 3.0]), "b": torch.tensor([[1.0], [2.0]])})
+    ctx = context(m=("model", one), o=("model", two))
+    run_op(Slerp(model="m", to="o", t=0.5, scope="whole"), ctx)
+    # (1, 0, 0, 1) · (0, 3, 1, 2) = 2, the lengths are √2 and √14.
+    theta = math.acos(2 / math.sqrt(2 * 14))
+    share = math.sin(theta / 2) / math.sin(theta)
+    found = tensors_of(ctx.out)
+    torch.testing.assert_close(found["a"], share * torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(found["b"], share * torch.tensor([[1.0], [3.0]]))
+
+
+def test_the_angle_of_whole_models_does_not_depend_on_threads_or_shards(checkpoint_folder, context, run_op, family):
+    made = []
+    for shards, threads in ((1, 1), (2, 2)):
+        folders = [checkpoint_folder(f"{r}{shards}", {"x": family[r], "y": family[r].T}, shards=shards) for r in "ab"]
+        ctx = context(f"out{shards}", m=("model", folders[0]), o=("model", folders[1]))
+        run_op(Slerp(model="m", to="o", t=[0.3, 0.6], scope="whole"), ctx, threads)
+        made.append(ctx.sha256["model.safetensors"])
+    assert made[0] == made[1]
+
+
+def test_whole_models_take_no_tokenizer():
+    with pytest.raises(ValueError, match="takes no tokenizer"):
+        Slerp(model="a", to="b", t=0.5, scope="whole", tokenizer="base")
+
+
 def test_a_tensor_that_one_model_lacks(checkpoint_folder, context, run_op, tensors_of):
     one = checkpoint_folder("one", {"a": torch.ones(2), "b": torch.ones(2)})
     two = checkpoint_folder("two", {"a": -torch.ones(2), "c": torch.ones(2)})
