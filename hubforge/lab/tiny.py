@@ -93,12 +93,15 @@ def tiny_lora(
     std: float = 0.05,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int] | None = None,
+    use_dora: bool = False,
+    modules_to_save: tuple[str, ...] = (),
 ) -> Path:
     """A random LoRA on `base`, both factors non-zero, saved by PEFT in its ordinary layout; its folder.
 
     alpha: 2 * rank unless given. base_name: what adapter_config.json calls the base; its path unless given.
     target_modules: names, or one regular expression as PEFT takes it.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -110,12 +113,18 @@ def tiny_lora(
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
+        use_dora=use_dora,
+        modules_to_save=list(modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     for name, part in adapted.named_modules():
         if name.endswith(("lora_A.default", "lora_B.default")):
             draw_weights(part, zlib.crc32(f"{seed}:{name}".encode()), std)
+    for name, value in adapted.named_parameters():
+        if "lora_magnitude_vector" in name or "modules_to_save" in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+            value.data *= 1 + std * torch.randn(value.shape, generator=generator)
     adapted.save_pretrained(folder)
     settle_adapter(folder, base_name or str(base))
     return folder

@@ -36,7 +36,8 @@ class Apply(TensorOp):
     With `protect` the damped sum is projected out of a subspace last, since gates per element push it back in.
     Only tensors that an adapter changes are computed; all others keep their bytes. Without `importance` one adapter
     gives the bits of PEFT's `merge_and_unload` (the product in float32, added in float32, rounded once), and the right
-    scale for rsLoRA too.
+    scale for rsLoRA too. DoRA adapters and whole modules (`modules_to_save`) are folded as the difference that they
+    make to the model.
     """
 
     formula: ClassVar[str] = "W + s · (1 − F_param) · (1 − F_layer) · Σ wᵢ · Δᵢ,  Δᵢ = scalingᵢ · Bᵢ · Aᵢ"
@@ -116,7 +117,8 @@ class Apply(TensorOp):
             shapes: dict[str, tuple[int, ...]] = {}
             for ref in self.adapters:
                 with open_adapter(ctx.path(ref), str(ref)) as adapter:
-                    shapes |= {name: base.info(name).shape for name in adapter.on(base)}
+                    changed = [*adapter.on(base), *adapter.saved_on(base)]
+                    shapes |= {name: base.info(name).shape for name in changed}
         return Known(layers, mask, mask.bind(shapes, ctx.where))
 
     def review(self, ctx: Context) -> Metrics:

@@ -1,7 +1,8 @@
 """Read PEFT LoRA adapters: which base tensor each module changes, its factors, and the delta scaling * B @ A.
 
-adapter_config.json comes from strangers: each field used is checked. What is not a plain low-rank delta (DoRA, whole
-modules saved beside it, biases, convolutions, fused experts) is refused by name, so that nothing is lost in silence.
+adapter_config.json comes from strangers: each field used is checked. DoRA and whole modules saved beside the factors
+change the base by what only the base tells, so they can be applied to it but not merged with others; biases,
+convolutions and fused experts are refused. Each by name, so that nothing is lost in silence.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _KEY = re.compile(r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?")
 
 
@@ -38,6 +40,14 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     raw: Mapping[str, Any]
+
+    @property
+    def use_dora(self) -> bool:
+        return bool(self.raw.get("use_dora"))
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        return tuple(self.raw.get("modules_to_save") or ())
 
     @property
     def base_model(self) -> str:
@@ -97,12 +107,16 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise bad("is not a JSON object")
     if raw.get("peft_type", "LORA") != "LORA":
         raise bad(f"peft_type is {raw['peft_type']!r}; only LORA adapters can be merged")
-    for name in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "trainable_token_indices"):
+    for name in ("target_parameters", "lora_bias", "trainable_token_indices"):
         if raw.get(name):
             mend = "It changes the base by more than scaling * B @ A. Merge it with PEFT, or train without it."
             raise bad(f"{name} is {raw[name]!r}, which is not supported", mend)
     if raw.get("bias", "none") != "none":
         raise bad(f"bias is {raw['bias']!r}, which is not supported", "Train with bias='none'.")
+    flag("use_dora")
+    saved = raw.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise bad(f"modules_to_save is {saved!r}, not a list of names")
     return AdapterConfig(
         rank=number("r", 8, int),
         alpha=number("lora_alpha", 8, float),
@@ -124,6 +138,7 @@ class LoraModule:
     scaling: float
     transposed: bool  # the base stores (in_features, out_features): Conv1D layers and embeddings
     embedding: bool
+    magnitude: TensorInfo | None = None  # DoRA's, (out_features,)
 
     @property
     def rank(self) -> int:
@@ -159,19 +174,59 @@ class Adapter:
     def modules(self) -> Mapping[str, LoraModule]:
         """Every module, checked: both factors there, two-dimensional, of the rank that the config gives."""
         factors: dict[str, dict[str, TensorInfo]] = {}
-        embeddings = set()
+        embeddings, magnitudes = set(), dict[str, TensorInfo]()
         for key, info in self.checkpoint.tensors.items():
+            if key in self.saved:
+                continue
+            if self.config.use_dora and (dora := _MAGNITUDE.fullmatch(key)):
+                magnitudes[dora["module"].removeprefix(_PREFIX)] = info
+                continue
             found = _KEY.fullmatch(key)
             if not found:
-                mend = "Only lora_A and lora_B can be merged: DoRA magnitudes, biases and whole saved modules cannot."
+                mend = "Only lora_A and lora_B, DoRA's magnitudes and modules_to_save are known: no biases."
                 raise SourceError(f"tensor {key!r} is no LoRA factor", where=self.where, mend=mend)
             module = found["module"].removeprefix(_PREFIX)
             if found["embedding"]:
                 embeddings.add(module)
             factors.setdefault(module, {})[found["factor"]] = info
-        if not factors:
+        if not factors and not self.saved:
             raise SourceError("the adapter has no tensors", where=self.where)
-        return {module: self._module(module, parts, module in embeddings) for module, parts in factors.items()}
+        modules = {module: self._module(module, parts, module in embeddings) for module, parts in factors.items()}
+        return {name: self._with_magnitude(module, magnitudes) for name, module in modules.items()}
+
+    def _with_magnitude(self, module: LoraModule, magnitudes: Mapping[str, TensorInfo]) -> LoraModule:
+        if not self.config.use_dora:
+            return module
+        if module.transposed:
+            what = f"{module.name} is adapted by DoRA and stored transposed, which is not supported"
+            raise SourceError(what, where=self.where, mend="Merge it with PEFT, or train without it.")
+        info = magnitudes.get(module.name)
+        if info is None or math.prod(info.shape) != module.b.shape[0] or info.dtype not in dtypes.FLOATS:
+            what = f"use_dora is set, but {module.name} has no magnitude for each of its {module.b.shape[0]} rows"
+            raise SourceError(what, where=self.where)
+        return replace(module, magnitude=info)
+
+    @cached_property
+    def saved(self) -> Mapping[str, str]:
+        """The tensors of `modules_to_save`, which take the base's places whole: name in the base by key in the file."""
+        found = {}
+        for key in self.checkpoint.tensors:
+            name = key.removeprefix(_PREFIX)
+            parts = name.split(".")
+            # As PEFT takes the names: of "norm", any module whose name ends so.
+            if any(f"{module}." in name for module in self.config.modules_to_save) and "lora_" not in key:
+                # Some versions of PEFT keep its wrapper in the name.
+                inner = parts.index("modules_to_save") if "modules_to_save" in parts else None
+                found[key] = ".".join(parts[:inner] + parts[inner + 2 :]) if inner is not None else name
+        return found
+
+    def require_plain(self) -> None:
+        """SourceError unless all that the adapter does is add scaling * B @ A."""
+        if self.config.use_dora or self.saved:
+            kind = "a DoRA adapter" if self.config.use_dora else f"one with whole modules ({next(iter(self.saved))})"
+            mend = "`op: apply` folds it into its base; merge the models that come of it."
+            what = f"is {kind}: what it adds depends on the base, so it cannot be merged with others"
+            raise SourceError(what, where=self.where, mend=mend)
 
     def _module(self, module: str, parts: Mapping[str, TensorInfo], embedding: bool) -> LoraModule:
         if set(parts) != {"A", "B"}:
@@ -209,14 +264,30 @@ class Adapter:
             if tensor is None:
                 raise self._not_in(base, module)
             info = base.info(tensor)
-            if info.shape != module.shape:
-                what = (
-                    f"the delta of {module.name} is {list(module.shape)}, "
-                    f"but {tensor} in {info.file} is {list(info.shape)}"
-                )
-                raise SourceError(what, where=self.where, mend=self._trained_on())
+            self._check_shape(f"the delta of {module.name}", module.shape, info)
             found[tensor] = module
         return found
+
+    def saved_on(self, base: Checkpoint) -> dict[str, str]:
+        """The key of the tensor that takes the place of each tensor of `base`, by the base's tensor name.
+
+        A head that the base ties to its embeddings is none of its tensors: SourceError, as for any it lacks.
+        """
+        aliases = Aliases(base, str(base.path))
+        found = {}
+        for key, name in self.saved.items():
+            tensor = aliases.find(name)
+            if tensor is None:
+                what = f"replaces {name}, which {base.path} lacks"
+                raise SourceError(what, where=self.where, mend=self._trained_on())
+            self._check_shape(name, self.checkpoint.info(key).shape, base.info(tensor))
+            found[tensor] = key
+        return found
+
+    def _check_shape(self, what: str, shape: tuple[int, ...], info: TensorInfo) -> None:
+        if info.shape != shape:
+            what = f"{what} is {list(shape)}, but {info.name} in {info.file} is {list(info.shape)}"
+            raise SourceError(what, where=self.where, mend=self._trained_on())
 
     def _not_in(self, base: Checkpoint, module: LoraModule) -> SourceError:
         what = f"changes {module.name}, but {base.path} has no tensor {module.name}.weight"
@@ -240,8 +311,20 @@ def delta(module: LoraModule, a: Tensor, b: Tensor, first: int = 0, last: int | 
     return product * module.scaling
 
 
+def dora_delta(base: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """What a DoRA adds to rows of the base's weights: m · (W + Δ) / ‖W + Δ‖ − W, norms by row; float32.
+
+    Source: Liu et al. 2024, arXiv:2402.09353; peft.tuners.lora.dora.
+    """
+    import torch
+
+    whole = base + change
+    norm = torch.linalg.vector_norm(whole, dim=1)
+    return whole.mul_((magnitude / norm)[:, None]).sub_(base)
+
+
 def open_adapter(path: Path, name: str = "") -> Adapter:
-    """The LoRA adapter in a folder. Raises SourceError for anything but a plain LoRA."""
+    """The LoRA adapter in a folder. Raises SourceError for what is none, or holds what is not supported."""
     if not path.is_dir():
         raise SourceError("no such adapter folder", where=str(path))
     config = read_adapter_config(path / CONFIG)

@@ -45,6 +45,7 @@ def align(adapters: Sequence[Adapter], where: str = "") -> list[Merged]:
     """
     found: dict[str, dict[int, LoraModule]] = {}
     for position, adapter in enumerate(adapters):
+        adapter.require_plain()
         # The first adapter that has a module names it.
         known = Aliases(list(found), adapter.where)
         for module in adapter.modules.values():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from hubforge.errors import SourceError, StepError
 from hubforge.op import Artifact, Context, Ref, TensorOp
 from hubforge.tensors import dtypes
-from hubforge.tensors.adapter import Adapter, LoraModule, delta, open_adapter
+from hubforge.tensors.adapter import Adapter, delta, dora_delta, open_adapter
 from hubforge.tensors.desk import Desk
 from hubforge.tensors.names import Aliases, canonical, paired
 from hubforge.tensors.quantised import config_beside, open_model, quantised_by
@@ -66,23 +66,31 @@ class Weights:
 
 
 class Deltas:
-    """The deltas of an adapter."""
+    """What an adapter adds to the tensors of its base; of modules that it saved whole, the difference to the base's."""
 
-    def __init__(self, adapter: Adapter, modules: Mapping[str, LoraModule], desk: Desk) -> None:
-        self.adapter, self.modules, self.desk = adapter, modules, desk
+    def __init__(self, adapter: Adapter, base: Weights, desk: Desk) -> None:
+        self.adapter, self.base, self.desk = adapter, base, desk
+        self.modules, self.saved = adapter.on(base.checkpoint), adapter.saved_on(base.checkpoint)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.modules
+        return name in self.modules or name in self.saved
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        module = self.modules[name]
+        make = self._difference if name in self.saved else self._product
+        return self.desk.found((id(self.adapter), name, first, last), lambda: make(name, first, last))
 
-        def product() -> Tensor:
-            key = (id(self.adapter), module.name)
-            a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name))
-            return delta(module, a, b, first, last)
+    def _product(self, name: str, first: int, last: int) -> Tensor:
+        module, key = self.modules[name], (id(self.adapter), self.modules[name].name)
+        a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name))
+        change = delta(module, a, b, first, last)
+        if module.magnitude is None:
+            return change
+        magnitude = self.adapter.checkpoint.read(module.magnitude.name).float().reshape(-1)[first:last]
+        return dora_delta(self.base.rows(name, first, last), change, magnitude.to(change.device))
 
-        return self.desk.found((id(self.adapter), name, first, last), product)
+    def _difference(self, name: str, first: int, last: int) -> Tensor:
+        own = self.adapter.checkpoint.rows_on(self.desk, self.saved[name], first, last)
+        return own - self.base.rows(name, first, last)
 
     def expect(self, name: str, first: int, last: int) -> None:
         pass
@@ -201,7 +209,7 @@ def open_inputs(
         is_model = ref in models
         if not is_model and ctx.artifact(ref).kind == "adapter":
             adapter = opened.adapter(ctx.path(ref), str(ref))
-            by_ref[ref] = Deltas(adapter, adapter.on(base), opened.desk)
+            by_ref[ref] = Deltas(adapter, Weights(base, {name: name for name in base}, opened.desk), opened.desk)
             _warn_of_another_base(adapter, started_from(ctx, op.base_ref), ctx)
             continue
         other = models[ref] if is_model else opened.checkpoint(ctx.path(ref), op.mask_stem)

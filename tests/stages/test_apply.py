@@ -82,6 +82,50 @@ def test_apply_gives_the_bits_of_pefts_merge(adapter, tiny_llama, tiny_loras, co
         assert torch.equal(found[name], merged[name]), name
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"modules_to_save": ("input_layernorm", "up_proj")},
+        {"use_dora": True, "modules_to_save": ("norm",)},
+    ],
+    ids=["dora", "dora and rslora", "whole modules", "both"],
+)
+def test_dora_and_whole_modules_as_peft_merges_them(more, tiny_llama, tmp_path, context, run_op, tensors_of):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from hubforge.lab.tiny import tiny_lora
+
+    folder = tiny_lora(tmp_path / "a", tiny_llama, seed=3, target_modules=("q_proj", "down_proj"), **more)
+    ctx = context(m=("model", tiny_llama), a=("adapter", folder))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    found, before, changed = tensors_of(ctx.out), tensors_of(tiny_llama), set()
+    for name in found:
+        # Both in float32; PEFT holds the norms in its own order.
+        torch.testing.assert_close(found[name], merged[name], rtol=1e-6, atol=1e-6)
+        if not torch.equal(found[name], before[name].float()):
+            changed.add(name.split(".")[-2])
+    ends = ("q_proj", "down_proj", *more.get("modules_to_save", ()))
+    assert changed == {name.split(".")[-2] for name in found if name.endswith(tuple(f"{end}.weight" for end in ends))}
+    assert any(not torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_a_dora_adapter_that_changes_nothing_gives_the_model(tiny_llama, tmp_path, context, run_op, tensors_of):
+    from hubforge.lab.tiny import tiny_lora
+
+    # std 0: B and A are zero and the magnitudes are the rows' norms.
+    folder = tiny_lora(tmp_path / "a", tiny_llama, std=0.0, use_dora=True)
+    ctx = context(m=("model", tiny_llama), a=("adapter", folder))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    for name, tensor in tensors_of(tiny_llama).items():
+        torch.testing.assert_close(tensors_of(ctx.out)[name], tensor.float(), rtol=1e-6, atol=1e-7)
+
+
 def test_merged_model_computes_what_the_adapter_computes(tiny_llama, tiny_loras, context, run_op):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

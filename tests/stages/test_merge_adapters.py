@@ -342,12 +342,17 @@ def test_factors_need_one_rank(way, merged, adapters, context):
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
-    [({"use_dora": True}, "use_dora is True"), ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]")],
+    ("more", "named"),
+    [
+        ({"use_dora": True}, "is a DoRA adapter"),
+        ({"modules_to_save": ("input_layernorm",)}, r"one with whole modules \(base_model.*layernorm.weight\)"),
+    ],
 )
-def test_what_is_no_plain_lora_is_refused(config, named, adapter_folder, context, run_op):
-    folder = adapter_folder("a", {"l.0.q": (torch.ones(1, 2), torch.ones(3, 1))}, **config)
-    with pytest.raises(SourceError, match=f"{named}, which is not supported"):
+def test_what_is_no_plain_lora_is_sent_to_apply(more, named, tiny_llama, tmp_path, context, run_op):
+    from hubforge.lab.tiny import tiny_lora
+
+    folder = tiny_lora(tmp_path / "a", tiny_llama, **more)
+    with pytest.raises(SourceError, match=f"{named}.*\n.*`op: apply` folds it"):
         run_op(MergeAdapters(adapters=["a"]), context(a=("adapter", folder)))
 
 

@@ -89,8 +89,8 @@ def test_a_module_the_base_lacks(adapter_folder, checkpoint_folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported"),
+        ({"use_dora": "yes"}, "use_dora is 'yes', not true or false"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list of names"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"lora_bias": True}, "lora_bias is True"),
