@@ -40,6 +40,7 @@ class Apply(TensorOp):
     make to the model.
     """
 
+    on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "W + s · (1 − F_param) · (1 − F_layer) · Σ wᵢ · Δᵢ,  Δᵢ = scalingᵢ · Bᵢ · Aᵢ"
     source: ClassVar[str] = (
         "LoRA: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; "

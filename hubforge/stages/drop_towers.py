@@ -21,6 +21,7 @@ class DropTowers(TensorOp):
     """
 
     computes: ClassVar[bool] = False
+    on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "model.language_model.* → model.*"
 
     model: ModelRef = Field(description="A multimodal Gemma 3 or 4.")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Linear(Merge):
     """The weighted mean of models of one architecture: a model soup."""
 
+    on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "Σ wᵢ · Wᵢ / Σ wᵢ"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
 

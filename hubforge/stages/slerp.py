@@ -41,6 +41,7 @@ class Slerp(Models):
     """
 
     version: ClassVar[int] = 2  # The second product is added without being rounded.
+    on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "sin((1 − t)·θ) / sin θ · W + sin(t·θ) / sin θ · W_to,  θ = ∠(W, W_to)"
     source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242"
 

@@ -42,6 +42,10 @@ def run_tensor_op(
     `ctx.sha256`. devices: those that share the tensors; by default what `ctx.settings` say.
     """
     devices = devices or find_devices(ctx.settings.device)
+    apart = [type(each).__name__ for each in (op, *(inner.op for inner in fused_steps(ctx))) if not each.on_gpu]
+    if apart and devices[0] != "cpu":
+        ctx.note(f"computed on the CPU: {', '.join(apart)} is not known to work on a GPU")
+        devices = ["cpu"]
     with ExitStack() as stack:
         kept = Kept(ctx.settings.memory // _KEPT)
         desk = Desk(kept)
