@@ -27,7 +27,7 @@ def assemble(runner: Runner) -> Release:
     """The release of a plan whose steps are all made. Raises StepError when one is not."""
     plan = runner.plan
     for step in plan.steps.values():
-        if not plan.store.has(step.key):
+        if step.status != "fused" and not plan.store.has(step.key):
             raise StepError(
                 f"{step.name} is not made yet",
                 where=step.node.where,
@@ -71,7 +71,8 @@ def source_record(runner: Runner, name: str) -> SourceRecord:
 
 
 def step_record(plan: Plan, step: Step) -> StepRecord:
-    manifest = plan.store.manifest(step.key)
+    fused = step.status == "fused"
+    manifest = plan.store.manifest(plan.steps[step.fused_into[0]].key if fused else step.key)
     op = type(step.op)
     return StepRecord(
         name=step.name,
@@ -87,12 +88,13 @@ def step_record(plan: Plan, step: Step) -> StepRecord:
         meanings={name: field.description for name, field in op.model_fields.items() if field.description},
         key=step.key,
         inputs=dict(step.node.inputs),
-        metrics=manifest.metrics,
-        files=files(manifest.files),
+        metrics=manifest.fused.get(step.key, {}).get("metrics", {}) if fused else manifest.metrics,
+        files=() if fused else files(manifest.files),
+        fused_into=step.fused_into,
         versions=manifest.versions,
         hardware=manifest.hardware,
         started=manifest.started,
-        seconds=manifest.seconds,
+        seconds=0.0 if fused else manifest.seconds,
         exact=op.exact,
         git=manifest.git,
     )

@@ -6,18 +6,19 @@ before anything runs; names, comments, key order and line numbers are not in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hubforge.errors import HubforgeError, RecipeError
+from hubforge.fusion import places, unrounded
 from hubforge.lock import read_lock, resolve_locked
 from hubforge.op import Kind, Op, Ref
 from hubforge.recipe import Node, Recipe
 from hubforge.sources import HashCache, Source, digest, package_versions, resolve_local
 from hubforge.store import LocalStore
 
-Status = Literal["cached", "resume", "make"]
+Status = Literal["cached", "resume", "make", "fused"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Step:
     material: Mapping[str, Any]
     status: Status
     reason: str
+    unrounded: Mapping[str, str] = field(default_factory=dict)  # ref -> step whose output is computed in this pass
+    stored: str = ""  # of a merge: why its output is stored
+    fused_into: tuple[str, ...] = ()  # status fused: the stored steps in whose passes it is computed
 
     @property
     def name(self) -> str:
@@ -48,7 +52,7 @@ class Plan:
     lock: dict[str, Any] | None
 
     def to_make(self) -> list[Step]:
-        return [step for step in self.steps.values() if step.status != "cached"]
+        return [step for step in self.steps.values() if step.status not in ("cached", "fused")]
 
     def kind(self, name: str) -> Kind:
         """What the source or step of that full name is."""
@@ -58,14 +62,15 @@ class Plan:
     def only(self, names: list[str]) -> Plan:
         """This plan, with just the steps of those names (full or entry names) and what they need."""
         wanted: set[str] = set()
-        todo = [self.find(name) for name in names]
+        asked = [self.find(name) for name in names]
+        todo = list(asked)
         while todo:
             name = todo.pop()
             if name not in wanted and name in self.steps:
                 wanted.add(name)
                 todo += self.steps[name].node.inputs.values()
         steps = {name: step for name, step in self.steps.items() if name in wanted}
-        return Plan(self.recipe, self.store, self.sources, steps, self.lock)
+        return Plan(self.recipe, self.store, self.sources, _placed(steps, self.store, asked), self.lock)
 
     def find(self, name: str) -> str:
         """The full name of a step given as "stages.healed" or "healed"; RecipeError when there is none."""
@@ -99,7 +104,7 @@ def make(recipe: Recipe, store: LocalStore) -> Plan:
     for name, node in recipe.nodes.items():
         op = node.op
         inputs = {ref: keys[target] for ref, target in node.inputs.items()}
-        fields = {field: _plain(getattr(op, field)) for field in type(op).model_fields if field not in op.unkeyed}
+        fields = {each: _plain(getattr(op, each)) for each in type(op).model_fields if each not in op.unkeyed}
         material = {
             "op": op_name(node),
             "version": op.version,
@@ -107,16 +112,47 @@ def make(recipe: Recipe, store: LocalStore) -> Plan:
             "inputs": inputs,
             "pins": {pin: pins[pin] for pin in op.pins},
         }
+        taken = unrounded(node, recipe.nodes)
+        if taken:
+            material["unrounded"] = sorted(taken)
         # A ref's name is only how the recipe speaks of it: in the key stands what it points to.
-        keyed = {field: _plain(getattr(op, field), inputs) for field in fields}
-        key = digest({**material, "fields": keyed, "inputs": None})
+        keyed = {each: _plain(getattr(op, each), inputs) for each in fields}
+        exact = {"unrounded": sorted(inputs[ref] for ref in taken)} if taken else {}
+        key = digest({**material, "fields": keyed, "inputs": None, **exact})
         keys[name] = key
-        status: Status = "cached" if store.has(key) else "resume" if op.resumable and store.has_part(key) else "make"
+        status = _status(store, key, op)
         reason = "" if status == "cached" else _reason(material, history.get(name), node, steps)
         if status == "resume":
             reason = f"was interrupted; {reason}" if reason != "new" else "was interrupted"
-        steps[name] = Step(node, key, material, status, reason)
-    return Plan(recipe, store, sources, steps, lock)
+        steps[name] = Step(node, key, material, status, reason, taken)
+    published = [entry for target in recipe.targets.values() for entry in target.entries]
+    return Plan(recipe, store, sources, _placed(steps, store, published), lock)
+
+
+def _status(store: LocalStore, key: str, op: Op) -> Status:
+    return "cached" if store.has(key) else "resume" if op.resumable and store.has_part(key) else "make"
+
+
+def _placed(steps: Mapping[str, Step], store: LocalStore, kept: Iterable[str]) -> dict[str, Step]:
+    """The steps, with those that exist only in the passes of others marked as fused. kept: whose files are wanted."""
+    stored = places({name: step.node for name, step in steps.items()}, kept)
+    into: dict[str, list[str]] = {}
+    for name in steps:
+        if stored.get(name):
+            todo = list(steps[name].unrounded.values())
+            while todo:
+                inner = todo.pop()
+                if name not in into.setdefault(inner, []):
+                    into[inner].append(name)
+                    todo += steps[inner].unrounded.values()
+    found = {}
+    for name, step in steps.items():
+        if name in stored and not stored[name]:
+            found[name] = replace(step, status="fused", stored="", fused_into=tuple(into[name]))
+        else:
+            status = _status(store, step.key, step.op)
+            found[name] = replace(step, status=status, stored=stored.get(name, ""), fused_into=())
+    return found
 
 
 def pinned(recipe: Recipe) -> set[str]:
@@ -182,8 +218,11 @@ def _reason(now: Mapping[str, Any], before: Mapping[str, Any] | None, node: Node
     for ref, key in now["inputs"].items():
         if ref in old_inputs and old_inputs[ref] != key:
             target = node.inputs[ref]
-            remade = target in steps and steps[target].status != "cached"
+            remade = target in steps and steps[target].status != "cached" and ref not in now.get("unrounded", ())
             reasons.append(f"{ref} is remade" if remade else f"{ref} has changed")
+    if before.get("unrounded", []) != now.get("unrounded", []):
+        taken = ", ".join(now.get("unrounded", [])) or "nothing"
+        reasons.append(f"{taken} is computed in its pass")
     if before.get("version") != now["version"]:
         reasons.append("the op itself has changed")
     for pin, version in now["pins"].items():

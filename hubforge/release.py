@@ -73,6 +73,8 @@ class StepRecord(Record):
     """Ref as written -> full name of the source ("sources.instruct") or step it points to."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     files: tuple[File, ...] = ()
+    fused_into: tuple[str, ...] = ()
+    """Full names of the steps in whose passes this one was computed, unrounded and without files of its own."""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict)
     """cpu, cores, memory (bytes), gpus (names), platform."""

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from hubforge import __version__
 from hubforge.errors import HubforgeError, LockError, StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Report, Started, silent
 from hubforge.facts import SourceFacts, gather
 from hubforge.machine import git_state, gpus, hardware, peak_memory
-from hubforge.op import Artifact, Context, Hub, Metrics, Op, Settings, TensorOp
+from hubforge.op import Artifact, Context, Fused, Hub, Metrics, Op, Settings, TensorOp
 from hubforge.plan import Plan, Step, op_name
 from hubforge.sources import package_versions
 from hubforge.store import LocalStore, Manifest, digests, disk_errors
@@ -45,9 +46,11 @@ class Runner:
         self.preflight(todo)
         number = 0
         for step in self.plan.steps.values():
+            if step.status == "fused":
+                continue
             if step.status == "cached":
                 self.report(Cached(step.name, step.key))
-                self.store.remember(self.plan.recipe.name, step.name, step.material)
+                self.remember(step)
                 continue
             number += 1
             self.report(Started(step.name, step.reason, number, len(todo)))
@@ -62,10 +65,12 @@ class Runner:
 
     def preflight(self, todo: list[Step]) -> None:
         """Whatever can be known before the first step: packages that are missing, and what the ops themselves check."""
-        for step in todo:
+        names = {step.name for step in todo}
+        fused = [step for step in self.plan.steps.values() if names.intersection(step.fused_into)]
+        for step in [*fused, *todo]:
             check_requirements(step.op, step.node.where)
             check_pins(step, self.plan.recipe.path)
-        for step in todo:
+        for step in [*fused, *todo]:
             inputs: dict[str, Artifact] = {}
             for ref, target in step.node.inputs.items():
                 artifact = self.ready(ref, target)
@@ -98,6 +103,29 @@ class Runner:
     def source(self, name: str) -> SourceFacts:
         return gather(self.plan.sources[name], self.store, self.hub, offline=self.settings.offline, report=self.report)
 
+    def remember(self, step: Step) -> None:
+        """Keep what a step was made from, and what was computed in its pass."""
+        for one in [*self.fused_steps(step).values(), step]:
+            self.store.remember(self.plan.recipe.name, one.name, one.material)
+
+    def fused_steps(self, step: Step) -> dict[str, Step]:
+        """The steps that are computed in the pass of this one, by full name, each after those it uses."""
+        found: dict[str, Step] = {}
+        for target in step.unrounded.values():
+            inner = self.plan.steps[target]
+            found |= self.fused_steps(inner) | {target: inner}
+        return found
+
+    def whole_context(self, step: Step, out: Path, fused: dict[str, Fused]) -> Context:
+        """The context of a step that is about to run. fused: the steps of its pass by full name, filled here."""
+        for target in step.unrounded.values():
+            if target not in fused:
+                inner = self.plan.steps[target]
+                assert isinstance(inner.op, TensorOp)
+                fused[target] = Fused(inner.op, self.whole_context(inner, Path(), fused))
+        inputs = {ref: self.artifact(ref, to) for ref, to in step.node.inputs.items() if ref not in step.unrounded}
+        return replace(self.context(step, out, inputs), fused={ref: fused[to] for ref, to in step.unrounded.items()})
+
     def context(self, step: Step, out: Path, inputs: Mapping[str, Artifact]) -> Context:
         seed = getattr(step.op, "seed", 0)
         return Context(
@@ -115,11 +143,11 @@ class Runner:
         store = self.store
         with store.locked(step.key):
             if store.has(step.key):  # made by another process since the plan
-                store.remember(self.plan.recipe.name, step.name, step.material)
+                self.remember(step)
                 return
-            inputs = {ref: self.artifact(ref, target) for ref, target in step.node.inputs.items()}
             out = store.begin(step.key, keep=step.op.resumable)
-            ctx = self.context(step, out, inputs)
+            fused: dict[str, Fused] = {}
+            ctx = self.whole_context(step, out, fused)
             started, began = datetime.now(UTC), time.monotonic()
             with located(step), disk_errors(store.root):
                 metrics = execute(step.op, ctx) or {}
@@ -140,9 +168,16 @@ class Runner:
                     seconds=round(seconds, 2),
                     git=git_state(self.plan.recipe.path.resolve().parent),
                     hubforge=__version__,
+                    fused={self.plan.steps[name].key: self.record(name, inner) for name, inner in fused.items()},
                 )
             )
-            store.remember(self.plan.recipe.name, step.name, step.material)
+            self.remember(step)
+
+    def record(self, name: str, fused: Fused) -> dict[str, Any]:
+        """What the manifest says of a step that was computed in the same pass."""
+        step = self.plan.steps[name]
+        fields, inputs = dict(step.material["fields"]), dict(step.material["inputs"])
+        return {"name": name, "op": op_name(step.node), "fields": fields, "inputs": inputs, "metrics": fused.metrics}
 
     def summary(self, step: Step) -> str:
         """One line about what came out, for the terminal."""
@@ -222,7 +257,7 @@ def unexpected(step: Step, error: Exception) -> StepError:
 def refreshed(plan: Plan) -> Plan:
     """The plan with the status of each step as the store has it now."""
     steps = {
-        name: replace(step, status="cached", reason="") if plan.store.has(step.key) else step
+        name: replace(step, status="cached", reason="") if step.status != "fused" and plan.store.has(step.key) else step
         for name, step in plan.steps.items()
     }
     return replace(plan, steps=steps)

@@ -233,12 +233,16 @@ class Session:
             return [plan_push(one, hub, self.report) for one in prepared.uploads]
 
     def path(self, step: str) -> Path:
-        """The folder of an artifact. Raises RecipeError when the step is not made."""
+        """The folder of an artifact; one that existed only in another's pass is made. RecipeError for another one."""
         plan = self.plan(None)
         section, _, name = step.partition(".")
         if section == "sources" and name in plan.sources:
             return self.runner(plan).source(name).path
         found = plan.steps[plan.find(step)]
+        if found.status == "fused":  # Nothing has asked for its files before.
+            with self:
+                self.runner(plan.only([found.name])).run()
+            return self.store.folder(found.key)
         if found.status != "cached":
             raise RecipeError(
                 f"{found.name} is not made yet ({found.reason})",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hubforge import catalog
 from hubforge.errors import RecipeError
+from hubforge.op import TensorOp
 from hubforge.plan import Plan, op_name
 from hubforge.recipe import Recipe
 
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from hubforge.verify import VerifyReport
 
 console = Console(highlight=False, soft_wrap=False)
-_MARK = {"cached": "[dim]=[/dim]", "make": "[green]+[/green]", "resume": "[yellow]~[/yellow]"}
+_MARK = {
+    "cached": "[dim]=[/dim]",
+    "fused": "[cyan]·[/cyan]",
+    "make": "[green]+[/green]",
+    "resume": "[yellow]~[/yellow]",
+}
 
 
 def table(*columns: str) -> Table:
@@ -79,7 +85,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         },
         "steps": [
             {"step": step.name, "op": op_name(step.node), "status": step.status, "reason": step.reason,
-             "key": step.key, "inputs": dict(step.node.inputs)}
+             "key": step.key, "inputs": dict(step.node.inputs), "unrounded": sorted(step.unrounded),
+             "fused_into": list(step.fused_into), "stored": step.stored}
             for step in plan.steps.values()
         ],
         "to_make": len(plan.to_make()),
@@ -88,14 +95,21 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     rows = table("", "step", "key", "why")
+    merges = [step for step in plan.steps.values() if isinstance(step.op, TensorOp)]
     for step in plan.steps.values():
         reason = "cached" if step.status == "cached" else step.reason
+        if step.status == "fused":
+            reason = f"in one pass with {', '.join(name.partition('.')[2] for name in step.fused_into)}"
+        elif step.stored and any(step.name in other.node.inputs.values() for other in merges):
+            reason += f"; stored: {step.stored}"
         style = "dim" if step.status == "cached" else ""
         rows.add_row(_MARK[step.status], step.name, step.key[:8], escape(reason), style=style)
     console.print(rows)
     todo = len(plan.to_make())
-    cached = len(plan.steps) - todo
-    console.print(f"{some(todo, 'step')} to make, {cached} cached" if todo else f"nothing to make: {cached} cached")
+    cached = sum(step.status == "cached" for step in plan.steps.values())
+    fused = len(plan.steps) - todo - cached
+    rest = f"{cached} cached" + (f", {fused} in the pass of another" if fused else "")
+    console.print(f"{some(todo, 'step')} to make, {rest}" if todo else f"nothing to make: {rest}")
 
 
 def outcome_data(outcome: Outcome) -> dict[str, Any]:

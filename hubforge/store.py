@@ -44,6 +44,8 @@ class Manifest:
     seconds: float = 0.0
     git: dict[str, Any] | None = None
     hubforge: str = ""
+    fused: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Steps computed in the same pass, by key: name, op, fields, inputs, metrics. They have no artifact."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("gemma-4-e4b-ties", 3), ("gemma-4-e4b-two-stage", 10), ("gemma-4-masks", 2)]
+    ("name", "steps"), [("gemma-4-e4b-ties", 3), ("gemma-4-e4b-two-stage", 7), ("gemma-4-masks", 2)]
 )
 def test_locked_recipes_plan_without_network(name, steps, local_hub, source_folder, tmp_path):
     shutil.copy(RECIPES / f"{name}.yaml", tmp_path)
