@@ -388,9 +388,9 @@ def on_cpu(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-fisher-") as folder:
         for _ in range(given.turns + 1):  # The first warms up.
             for name, (size, plan) in ways.items():
-                began = time.process_time(), time.perf_counter()
+                began = time.process_time()  # Of the processor, which other work on the machine disturbs least.
                 go(model, weights, plan, examples, size, Path(folder))
-                spent[name].append(time.perf_counter() - began[1])
+                spent[name].append(time.process_time() - began)
     print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; {samples} x {length} tokens")
     print(f"{sum(w.numel() for w in weights.values()) / 1e6:.1f} M weights covered; medians of {given.turns} turns")
     print(f"{'':>26} s per sample   ratio")

@@ -110,7 +110,11 @@ class Apply(TensorOp):
         if self.importance is not None:
             _check_kind(ctx.path(self.importance), str(self.importance), self.normalize, ctx.where)
         if self.importance is not None and self.damps_layers():
-            layers = layer_importance(ctx.artifact(self.importance).read_json("layer_importance.json"), ctx.where)
+            importance = ctx.artifact(self.importance)
+            if importance.path.is_file():
+                what = f"{self.importance} is one file, and what each layer matters stands in layer_importance.json"
+                raise StepError(what, where=ctx.where, mend="Set `layer_damping: false`, or give the mask's folder.")
+            layers = layer_importance(importance.read_json("layer_importance.json"), ctx.where)
         if self.protect is None:
             return Known(layers)
         mask = Subspaces(ctx.path(self.protect))
