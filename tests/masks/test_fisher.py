@@ -450,3 +450,12 @@ def test_a_merge_that_damps_layers_needs_more_than_one_file(tmp_path: Path) -> N
     with pytest.raises(StepError, match=r"r.yaml:9: old is one file.*\n  Set `layer_damping: false`"):
         Apply.model_validate(fields).prepare(ctx)
     assert Apply.model_validate({**fields, "layer_damping": False}).prepare(ctx).layers == {}
+
+
+def test_the_layers_of_a_multimodal_model_are_taken_in_groups_too(tiny_gemma4_multimodal: Path, tmp_path: Path) -> None:
+    op().run(context(tmp_path / "plain", tiny_gemma4_multimodal))
+    op(engine="groups").run(context(tmp_path / "out", tiny_gemma4_multimodal))
+    written, expected = (load_file(tmp_path / name / "fisher.safetensors") for name in ("out", "plain"))
+    assert len(written) == 24
+    for name, values in written.items():
+        torch.testing.assert_close(values, expected[name], rtol=2**-7, atol=1e-5 * float(expected[name].max()))
