@@ -13,10 +13,11 @@ one example at a time. `--small` does the same with tiny shapes, on a CPU too.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--length", type=int, default=None)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)  # measured in a process of its own
     given = parser.parse_args()
     if given.gpu:
         on_gpu(given)
@@ -354,7 +356,8 @@ def differences(
 # --- ratios on a CPU
 
 
-def on_cpu(given: argparse.Namespace) -> None:
+def llama(given: argparse.Namespace) -> tuple[Any, dict[str, nn.Parameter], list[Example], dict[str, Any]]:
+    """The model, what is covered of it, the examples, and the ways: how many at a time, and the plan."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, layers = (64, 2) if given.small else (768, 8)
@@ -384,6 +387,17 @@ def on_cpu(given: argparse.Namespace) -> None:
         "disk, 4 at a time": (4, Plan("disk", 4, 0, 0, 0)),
         "two groups, 4 at a time": (4, Plan("groups", 4, 0, 0, 0, groups)),
     }
+    return model, weights, examples, ways
+
+
+def on_cpu(given: argparse.Namespace) -> None:
+    model, weights, examples, ways = llama(given)
+    if given.peak is not None:
+        with tempfile.TemporaryDirectory(prefix="bench-fisher-") as folder:
+            go(model, weights, ways[given.peak][1], examples[:2], 1, Path(folder))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        return
+    samples, length = len(examples), len(examples[0].ids)
     spent: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="bench-fisher-") as folder:
         for _ in range(given.turns + 1):  # The first warms up.
@@ -400,12 +414,13 @@ def on_cpu(given: argparse.Namespace) -> None:
         print(f"{name:>26} {middle / samples:12.4f} {middle / floor:7.3f}")
     sums = 4 * sum(w.numel() for w in weights.values()) / 1e6
     largest = 4 * max(w.numel() for w in weights.values()) / 1e6
-    base = peak(model, weights, None, examples)
     print(
         f"peak memory over a pass that drops every gradient (MB); sums {sums:.1f}, the largest gradient {largest:.1f}"
     )
+    base = peak("forward + backward", given)
     for name in ("device", "two groups", "disk"):
-        print(f"{name:>26} {peak(model, weights, ways[name][1], examples) - base:12.1f}")
+        print(f"{name:>26} {peak(name, given) - base:12.1f}", flush=True)
+    print("pages of the files that disk maps into memory count, as long as nothing else needs theirs")
 
 
 def go(
@@ -429,21 +444,10 @@ def drop(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def peak(model: Any, weights: dict[str, nn.Parameter], plan: Plan | None, examples: list[Example]) -> float:
+def peak(name: str, given: argparse.Namespace) -> float:
     """Most memory held by a process of its own, MB."""
-    context = multiprocessing.get_context("fork")
-    answer = context.SimpleQueue()
-
-    def child() -> None:
-        torch.set_num_threads(1)  # A forked process has lost the threads of its parent.
-        with tempfile.TemporaryDirectory(prefix="bench-fisher-") as folder:
-            go(model, weights, plan, examples[:2], 1, Path(folder))
-        answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
-
-    process = context.Process(target=child)
-    process.start()
-    process.join()
-    return float(answer.get())
+    call = [sys.executable, __file__, "--peak", name, *(["--small"] if given.small else [])]
+    return float(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
 
 
 if __name__ == "__main__":
