@@ -202,7 +202,10 @@ def publish(
     began = monotonic()
     journal = Journal(journal_path(runner.store.root, recipe.name, hub), hub)
     receipts: dict[str, dict[str, object]] = {}
-    with journal.held(hub.patience, lambda text: report(Note("publish", text))):
+    with (
+        journal.held(hub.patience, lambda text: report(Note("publish", text))),
+        Remote(hub, "", report=report, step="publish"),  # one client, and so one connection, for all that follows
+    ):
         prepared = prepare(runner, release, hub, report, templates=templates, write=True)
         staged = [one for one in prepared.uploads if targets[one.target].op.staged]
         done = publish_release(staged, hub, report, journal, seen=prepared.seen, stage=stage)

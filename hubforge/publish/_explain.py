@@ -36,6 +36,7 @@ class HubError(PublishError):
     ) -> None:
         super().__init__(what, where=where, mend=mend)
         self.status, self.trouble, self.wait = status, trouble, wait
+        self.doubted = False  # whether an earlier try of the same call ended in doubt
 
     @property
     def in_doubt(self) -> bool:

@@ -72,7 +72,7 @@ class Journal:
         try:
             yield found
         except HubforgeError as error:
-            doubt = bool(getattr(error, "in_doubt", False))
+            doubt = any(getattr(error, name, False) for name in ("in_doubt", "doubted"))
             self.record(action, repo, "failed", **facts, error=error.what[:500], in_doubt=doubt)
             raise
         self.record(action, repo, "done", **{**facts, **found})
@@ -99,6 +99,14 @@ class Journal:
             if isinstance(number, int):
                 (found.add if entry.get("action") == "propose" else found.discard)(number)
         return found
+
+    def titles(self, repo: str) -> set[str]:
+        """Titles of pull requests that we set out to open there: of some the answer, and so the number, was lost."""
+        return {
+            str(entry["title"])
+            for entry in self.entries
+            if entry.get("repo") == repo and entry.get("action") == "propose" and "title" in entry
+        }
 
     def did(self, action: str, repo: str, **facts: Any) -> bool:
         """Whether the last such action there ended well, with those facts."""

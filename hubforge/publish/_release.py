@@ -78,9 +78,20 @@ def publish_release(
     seen: what main of a repository holds, where that was looked at just now. stage=False: each is committed straight
     to its main, one after the other. Raises PublishError and VerifyError; run again, it goes on from where it was.
     """
+    with Remote(hub, "", report=report, step="publish"):  # one client for all repositories
+        return _publish(uploads, hub, report, journal, seen or {}, stage)
+
+
+def _publish(
+    uploads: Sequence[Upload],
+    hub: Hub,
+    report: Report,
+    journal: Journal,
+    seen: Mapping[str, Snapshot],
+    stage: bool,
+) -> list[Metrics]:
     for upload in uploads:
         check_files(upload)
-    seen = seen or {}
     retry = Retry(report, "", hub.patience)
     mark = fingerprint(uploads)
     jobs = [Staging(job, journal, mark) for job in jobs_of(uploads)]

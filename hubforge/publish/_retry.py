@@ -55,11 +55,13 @@ class Retry:
         resend=False: the call must not be sent twice unless it surely did nothing; when in doubt the error is raised,
         and the caller looks at what is there.
         """
-        tries = 0
+        tries, doubted = 0, False
         while True:
             try:
                 return function()
             except HubError as error:
+                error.doubted = doubted
+                doubted = doubted or error.in_doubt
                 if not resend and error.in_doubt:
                     raise
                 self.pause(error, tries, client_retries=client_retries)

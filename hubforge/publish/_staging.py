@@ -103,7 +103,7 @@ class Staging:
             operations, meter = uploaded(self.job, self.plans, remote)
             parent = self.plans[0].parent
             try:
-                with self.journal.doing("propose", self.job.repo, parent=parent) as found:
+                with self.journal.doing("propose", self.job.repo, parent=parent, title=self.job.message) as found:
                     commit, number = remote.commit(
                         operations, self.job.message, parent, description=self._description(), pull=True
                     )
@@ -139,17 +139,16 @@ class Staging:
         return f"Staged by hubforge, to be verified and then merged by it. Release {self.fingerprint}."
 
     def _ours(self, remote: Remote) -> list[Pull]:
-        """The open pull requests that are ours: known to the journal, or of our account and with our title.
+        """The open pull requests that are ours: known to the journal, or of our account and with a title of ours.
 
         The title alone proves nothing: anybody may open one, and push to it after it was verified.
         """
         found = open_pulls(remote)
         journalled = self.journal.pulls(self.job.repo)
-        titled = [pull for pull in found if pull.title == self.job.message and pull.number not in journalled]
-        me = ""
-        if titled:
-            with suppress(HubError):  # a job's token may have no account to name
-                me = str(remote.whoami().get("name") or "")
+        titles = {self.job.message, *self.journal.titles(self.job.repo)}
+        titled = [pull for pull in found if pull.title in titles and pull.number not in journalled]
+        # The token of a job has no account of its own.
+        me = str(remote.whoami().get("name") or "") if titled and remote.hub.credentials is None else ""
         ours = [pull for pull in found if pull.number in journalled or (pull in titled and me and pull.author == me)]
         for gone in journalled - {pull.number for pull in found}:
             self.journal.record("close", self.job.repo, "done", number=gone, why="it is not open any more")
