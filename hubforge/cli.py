@@ -228,6 +228,8 @@ def publish(
             changes = here.plan_push(here.plan(None), None, hub=hub, templates=templates)
             emit(show.push_data(changes)) if as_json else show.print_push(changes)
             return
+        if here.plan(None).to_make():
+            here.check_targets(hub)  # before the work, not after hours of it; else the push itself tells at once
         outcome = here.run(None, templates=templates)
         receipts = here.publish(outcome, hub, templates, stage=stage)
         here.pause()

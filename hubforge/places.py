@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hubforge.errors import HubforgeError
 from hubforge.op import Hub
+from hubforge.publish._keyless import job_credentials
 
 PROJECT = (".git", ".hubforge", "pyproject.toml")  # what marks the top folder of a project
 
@@ -30,14 +31,17 @@ def hub_folder() -> Path:
 
 
 def real_hub() -> Hub:
-    """The Hub and token that huggingface_hub's own settings name; no import of it just to plan."""
+    """The Hub and token that huggingface_hub's own settings name; no import of it just to plan.
+
+    In a CI job without a token, or with HF_OIDC_RESOURCE, its publishing takes a token for each repository instead.
+    """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
     if not token:
         home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
         saved = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
         token = saved.read_text().strip() if saved.is_file() else None
-    return Hub(endpoint, token or None)
+    return Hub(endpoint, token or None, credentials=job_credentials(endpoint, has_token=bool(token)))
 
 
 @contextmanager
@@ -51,7 +55,9 @@ def open_hub(to: str | None) -> Iterator[Hub]:
         with LocalHub(hub_folder()) as hub:
             yield Hub(hub.endpoint, "local", name="local")
     elif re.match(r"^https?://", to):
-        # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it.
-        yield Hub(to.rstrip("/"), os.environ.get("HUBFORGE_HUB_TOKEN"))
+        # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it. What a
+        # CI job proves itself with is made out to one address, and may go there.
+        token = os.environ.get("HUBFORGE_HUB_TOKEN")
+        yield Hub(to.rstrip("/"), token, credentials=job_credentials(to, has_token=bool(token)))
     else:
         raise HubforgeError(f"--to is {to!r}", mend="Give `local`, or an address such as http://127.0.0.1:8000.")

@@ -116,8 +116,6 @@ class Session:
 
     def check_online(self) -> list[str]:
         """What only the Hub can answer: whether the sources may be read, and the targets written."""
-        from hubforge.publish._access import check_access
-
         notes = []
         for name, spec in self.recipe.sources.items():
             if not spec.is_local:
@@ -126,10 +124,18 @@ class Session:
                 )
                 size = sum(file["size"] for file in entry["files"])
                 notes.append(f"sources.{name}: {spec.value} at {entry['commit'][:8]}, {size / 1e9:.2f} GB")
-        repos = [target.op.repo for target in self.recipe.targets.values()]  # type: ignore[attr-defined]
-        return notes + [
+        return notes + self.check_targets(self.source_hub)
+
+    def check_targets(self, hub: Hub) -> list[str]:
+        """Whether all that the recipe publishes to may be written; PublishError names what may not."""
+        from hubforge.publish._access import check_access
+
+        ops: list[Any] = [target.op for target in self.recipe.targets.values()]
+        repos = [repo for op in ops for repo in (op.repo, *(getattr(op, "supersedes", None) or ()))]
+        collections = {op.repo: op.collection for op in ops if getattr(op, "collection", None)}
+        return [
             f"publish: {access.repo} {'exists' if access.exists else 'is new'}: {access.reason}"
-            for access in check_access(self.source_hub, repos)
+            for access in check_access(hub, repos, collections)
         ]
 
     def lock(self) -> tuple[Path, list[str]]:

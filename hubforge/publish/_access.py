@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from hubforge.errors import PublishError
 from hubforge.op import Hub
 from hubforge.publish._explain import HubError
+from hubforge.publish._links import check_collections
 from hubforge.publish._paths import shown
 from hubforge.publish._remote import Remote
 
@@ -28,16 +29,19 @@ class Access:
     reason: str  # why that is known, or what is missing
 
 
-def check_access(hub: Hub, repos: Iterable[str]) -> tuple[Access, ...]:
+def check_access(hub: Hub, repos: Iterable[str], collections: Mapping[str, str] | None = None) -> tuple[Access, ...]:
     """For each repository, whether the token may publish there; PublishError names all of those that it may not.
 
     Asks who the token belongs to once, and each repository once. Write access follows from the token's role and
     scopes and the account's organizations; where the answer does not settle it, `may_write` is None and only the push
-    will tell.
+    will tell. A CI job without a token asks for one for each repository, which settles it.
+    collections: by repository, the one that it joins.
     """
     wanted = list(dict.fromkeys(repos))
     if not wanted:
         return ()
+    if hub.credentials is not None:
+        return _check_job(hub, wanted, collections or {})
     if hub.token is None:
         raise PublishError(
             "there is no token to publish with",
@@ -46,6 +50,7 @@ def check_access(hub: Hub, repos: Iterable[str]) -> tuple[Access, ...]:
         )
     with Remote(hub, "") as remote:
         me = remote.whoami()
+    check_collections(me, collections or {}, hub.endpoint)
     found = [_look(hub, repo, me) for repo in wanted]
     refused = [access for access in found if access.may_write is False]
     if refused:
@@ -54,6 +59,35 @@ def check_access(hub: Hub, repos: Iterable[str]) -> tuple[Access, ...]:
             where=hub.endpoint,
             mend=f"Take a token with the role 'write', or add the scope, at {hub.endpoint}/settings/tokens.",
         )
+    return tuple(found)
+
+
+def _check_job(hub: Hub, repos: Iterable[str], collections: Mapping[str, str]) -> tuple[Access, ...]:
+    """The same for a CI job that has no token: all repositories that it is not trusted with, at once."""
+    if collections:
+        raise PublishError(
+            f"the recipe puts {', '.join(collections)} into a collection, and a CI job's token is for one repository",
+            where=hub.endpoint,
+            mend="Take `collection` out of the recipe and add it by hand, once; or publish with a token in HF_TOKEN.",
+        )
+    found, refused = [], []
+    for repo in repos:
+        try:
+            with Remote(hub, repo) as remote:
+                head = remote.head()
+        except HubError:
+            raise
+        except PublishError as error:
+            refused.append(error)
+            continue
+        private = head.private if head else None
+        found.append(Access(repo, head is not None, private, True, "this job is one of its trusted publishers"))
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise PublishError(
+            "; ".join(error.what for error in refused), where=hub.endpoint, mend=refused[0].mend
+        ) from refused[0]
     return tuple(found)
 
 

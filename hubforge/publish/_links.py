@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hubforge.errors import PublishError
@@ -130,8 +130,8 @@ def _says(card: str) -> object:
         return None
 
 
-def check_collections(me: Mapping[str, Any], collections: Iterable[str], repos: Iterable[str]) -> None:
-    """PublishError when a fine-grained token surely may not change a collection that the recipe names."""
+def check_collections(me: Mapping[str, Any], collections: Mapping[str, str], endpoint: str) -> None:
+    """PublishError when a fine-grained token surely may not change a collection. collections: by repository."""
     auth = me.get("auth")
     token = auth.get("accessToken") if isinstance(auth, Mapping) else None
     if not isinstance(token, Mapping) or token.get("role") != "fineGrained":
@@ -140,12 +140,13 @@ def check_collections(me: Mapping[str, Any], collections: Iterable[str], repos: 
     scopes = details.get("scoped") if isinstance(details, Mapping) else None
     if not isinstance(scopes, list):
         return
-    for collection, repo in zip(collections, repos, strict=True):
+    for repo, collection in collections.items():
         owner = (collection if is_slug(collection) else repo).partition("/")[0]
         if not any(_grants(scope, owner) for scope in scopes):
             raise PublishError(
-                f"no scope of the token grants collection.write for {owner}, and the recipe names a collection",
-                mend="Add the scope to the token, or take `collection` out of the recipe.",
+                f"no scope of the token grants collection.write for {owner}, and {repo} is to join a collection",
+                where=endpoint,
+                mend=f"Add the scope at {endpoint}/settings/tokens, or take `collection` out of the recipe.",
             )
 
 

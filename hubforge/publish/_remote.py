@@ -79,7 +79,8 @@ class Remote:
         with ExitStack() as stack:
             stack.enter_context(client_settings(self))
             if self.hub.credentials is not None and self.repo:
-                self.token = self.hub.credentials.token(self.repo)
+                credentials = self.hub.credentials
+                self.token = self.retry.call(lambda: credentials.token(self.repo))
             # False, not None: None would send the token saved on this machine to whatever Hub this is.
             self._api = HfApi(
                 endpoint=self.endpoint,
