@@ -38,10 +38,15 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
+    """How far a step is: `done` of `total`. Where `what` is one of several (a file), `part` of it is `part_done`."""
+
     what: str
     done: float
     total: float | None
     unit: str
+    part_done: float | None = None
+    part_total: float | None = None
+    rate: float | None = None  # units a second, lately
 
 
 @dataclass(frozen=True)

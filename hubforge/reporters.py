@@ -91,9 +91,9 @@ class Plain(Reporter):
                 self.line(f"        {text}")
             case Warned(_, text):
                 self.line(f"        warning: {text}")
-            case Progress(_, what, done, total, unit) if time.monotonic() - self.last > 10:
+            case Progress() if time.monotonic() - self.last > 10:
                 self.last = time.monotonic()
-                self.line(f"        {what} {amount(done, total, unit)}".rstrip())
+                self.line(f"        {progress_text(event)}".rstrip())
 
 
 class GitHub(Plain):
@@ -189,7 +189,7 @@ class Terminal(Reporter):
                 self.console.print(f"  [dim]{escape(text)}[/dim]")
             case Warned(step, text):
                 self.console.print(f"[yellow]![/yellow] {step}: {escape(text)}")
-            case Progress(step, what, done, total, unit):
+            case Progress(step, _, done, total):
                 if self.task is None:
                     self.began = time.monotonic()
                     self.task = self.bars.add_task(step, total=None, amount="")
@@ -197,10 +197,25 @@ class Terminal(Reporter):
                     return
                 self.last = time.monotonic()
                 eta = ""
-                if total and 0 < done < total and (spent := time.monotonic() - self.began) > 5:
+                if event.rate is None and total and 0 < done < total and (spent := time.monotonic() - self.began) > 5:
                     eta = f", {duration(spent / done * (total - done))} left"
-                text = escape(f"{what} {amount(done, total, unit)}{eta}".strip())
+                text = escape(f"{progress_text(event)}{eta}".strip())
                 self.bars.update(self.task, total=total, completed=done, amount=text)
+
+
+def progress_text(event: Progress) -> str:
+    """ "model.safetensors 1.2/4.0 GB, 3.1/16.0 GB in all, 85.0 MB/s, 2 min 32 s left", as far as it is known."""
+    whole = amount(event.done, event.total, event.unit)
+    if event.part_done is not None:
+        part = amount(event.part_done, event.part_total, event.unit)
+        text = f"{event.what} {part}, {whole} in all"
+    else:
+        text = f"{event.what} {whole}".strip()
+    if event.rate:
+        text += f", {amount(event.rate, None, event.unit)}/s"
+        if event.total and event.done < event.total:
+            text += f", {duration((event.total - event.done) / event.rate)} left"
+    return text
 
 
 def amount(done: float, total: float | None, unit: str) -> str:

@@ -146,7 +146,8 @@ def uploaded(
     if card is not None:
         remote.check_card(_text(card))
     xet = has_xet(remote.endpoint)
-    meter = Meter(sum(found.upload_bytes for found in plans), remote.report, remote.step)
+    sizes = {file.path: file.size for file in files}
+    meter = Meter(sum(sizes.values()), remote.report, remote.step, sizes)
     adding = additions(files, meter, hashed=not xet)
     # By LFS the client takes five files at a time and our reader counts the bytes. xet reads the files itself and
     # tells nobody, so there every large file is a call of its own, to have something to show between them.

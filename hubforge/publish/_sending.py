@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from hubforge.errors import PublishError
 from hubforge.events import Progress, Report
 from hubforge.op import Upload, UploadFile
+from hubforge.publish._client import STALLED
 from hubforge.publish._paths import path_fault
 
 if TYPE_CHECKING:
@@ -26,15 +29,17 @@ if TYPE_CHECKING:
 
 _STEP = 1 << 20  # bytes between two progress events of one file
 _BLOCK = 1 << 20
+_RECENT = 10.0  # seconds over which the rate is taken
 
 
 class Meter:
-    """Adds up what several threads send, and reports it in bytes of the whole upload."""
+    """Adds up what several threads send, and reports it: of each file, of the whole upload, and how fast it goes."""
 
-    def __init__(self, total: int, report: Report, step: str) -> None:
-        self.total, self.report, self.step = total, report, step
+    def __init__(self, total: int, report: Report, step: str, sizes: Mapping[str, int] | None = None) -> None:
+        self.total, self.report, self.step, self.sizes = total, report, step, sizes or {}
         self._at: dict[str, int] = {}
         self._told = -1
+        self._recent: deque[tuple[float, int]] = deque()  # (seconds, bytes in all) of the last events
         self._lock = threading.Lock()
 
     def at(self, path: str, position: int, *, whole: bool = False) -> None:
@@ -44,7 +49,17 @@ class Meter:
             done = sum(self._at.values())
             if whole or abs(done - self._told) >= _STEP:
                 self._told = done
-                self.report(Progress(self.step, path, done, self.total, "B"))
+                part = {"part_done": position, "part_total": self.sizes.get(path)} if path in self.sizes else {}
+                self.report(Progress(self.step, path, done, self.total, "B", **part, rate=self._rate(done)))
+
+    def _rate(self, done: int) -> float | None:
+        """Bytes a second over the last ten seconds; None until there is a second to tell from."""
+        now = time.monotonic()
+        self._recent.append((now, done))
+        while now - self._recent[0][0] > _RECENT:
+            self._recent.popleft()
+        began, before = self._recent[0]
+        return (done - before) / (now - began) if now - began >= 1 and done > before else None
 
     def finish(self) -> None:
         """Everything is there, be it sent or known to the Hub before."""
@@ -105,6 +120,26 @@ class WatchedFile(io.BufferedReader):
         except OSError as error:
             raise unreadable(file, error) from error
         super().__init__(raw, _BLOCK)
+        self._asked = 0.0  # when the sender last came for more
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes; httpx2.WriteTimeout when the sender took too long over the last ones.
+
+        httpx asks for 64 KiB at a time, once those before are on their way. That its own timeout for a write counts
+        each of the system's sends apart, and so never ends a connection that drips, is why this looks at the clock.
+        """
+        now = time.monotonic()
+        if self._asked and now - self._asked > STALLED:
+            self._asked = 0.0
+            import httpx2
+
+            raise httpx2.WriteTimeout(f"the upload stalled: less than 64 KiB in {STALLED:.0f} s")
+        self._asked = now
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._asked = 0.0  # a retry begins
+        return super().seek(offset, whence)
 
 
 def changed(file: UploadFile) -> PublishError:

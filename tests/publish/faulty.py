@@ -1,9 +1,9 @@
 """A Hub that fails on purpose: an ASGI wrapper around the embedded one, with a schedule of faults.
 
 Faults: a status (an answer in place of the real one, nothing done); "reset" (the connection is gone before anything was
-taken); "deaf" (it breaks after half of the request's body was taken); "spoilt" (one byte of that body is another);
-"lost" (done, but the answer never arrives); "cut" (the answer stops half way); "drip" (it comes a few bytes at a time);
-"lie" (every digest in it is wrong).
+taken); "deaf" (it breaks after half of the request's body was taken); "stall" (no more of the body is taken); "spoilt"
+(one byte of it is another); "lost" (done, but the answer never arrives); "cut" (the answer stops half way); "drip" (it
+comes a few bytes at a time); "lie" (every digest in it is wrong).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hubforge.hub import HubSettings
 from hubforge.hub.app import make_app
 
-Fault = int | Literal["reset", "deaf", "spoilt", "lost", "cut", "drip", "lie"]
+Fault = int | Literal["reset", "deaf", "stall", "spoilt", "lost", "cut", "drip", "lie"]
 DONE = (None, "lost", "cut", "drip", "lie")  # with these the Hub did what was asked
 Scope = MutableMapping[str, Any]
 
@@ -43,6 +43,7 @@ class FaultyHub:
     endpoint: str = ""
 
     def __enter__(self) -> FaultyHub:
+        self.stalled = asyncio.Event()
         self._app = make_app(self.folder, self.settings, host="127.0.0.1")
         connections: dict[Any, asyncio.Transport] = {}
 
@@ -68,6 +69,7 @@ class FaultyHub:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.stalled.set()
         self._server.should_exit = True
         self._thread.join(10)
 
@@ -95,6 +97,9 @@ class FaultyHub:
         elif fault == "deaf":
             await receive()
             await _break_off(send)
+        elif fault == "stall":
+            await receive()
+            await self.stalled.wait()
         elif fault == "spoilt":
             await self._app(scope, _spoilt(receive), send)
         elif fault == "lost":

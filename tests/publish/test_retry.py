@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from hubforge.errors import PublishError
-from hubforge.events import Event, Warned, silent
+from hubforge.events import Event, Progress, Warned, silent
 from hubforge.hub import HubSettings
 from hubforge.op import Hub, Upload
 from hubforge.publish._explain import HubError
@@ -83,6 +83,20 @@ def test_the_table_of_waits(failure: HubError, expected: list[float | None]) -> 
 def test_what_the_client_has_retried_is_not_retried_again_but_for_limits() -> None:
     assert Retry().wait_for(error(status=503), 0, client_retries=True) is None
     assert Retry().wait_for(error(status=429), 0, client_retries=True) == 30.0
+
+
+def test_waiting_is_counted_on_the_progress_line() -> None:
+    heard: list[Event] = []
+    Retry(heard.append, "publish.weights").wait(2.3, "waiting for the Hub")
+    shown = [(event.what, event.done, event.total) for event in heard if isinstance(event, Progress)]
+    assert shown == [("waiting for the Hub", 1.0, 2.3), ("waiting for the Hub", 2.0, 2.3)]
+
+
+def test_patience_that_ends_says_how_to_give_more() -> None:
+    retry = Retry(patience=10, sleep=lambda seconds: None)
+    with pytest.raises(HubError, match="it would take another 30 s, and all waiting is to stay below 10 s") as caught:
+        retry.pause(error(status=429), 0)
+    assert "--patience 2h" in str(caught.value)
 
 
 def test_waiting_ends_with_patience() -> None:
@@ -159,6 +173,20 @@ def test_an_upload_that_fails_half_way_is_sent_again_whole(
     push(make_upload({"model.safetensors": BIG}), Hub(faulty.endpoint, TOKEN), silent)
     verify("me/model", Hub(faulty.endpoint, TOKEN), deep=True)
     assert len([1 for method, _, _ in faulty.seen if method == "PUT"]) == 2
+
+
+def test_an_upload_that_stalls_is_broken_off_and_sent_again(
+    faulty: FaultyHub, make_upload: MakeUpload, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub takes the first bytes of a file larger than all buffers on the way, and then no more."""
+    monkeypatch.setattr("hubforge.publish._client.STALLED", 0.2)
+    faulty.faults = once("PUT", "/", "stall")
+    heard: list[Event] = []
+    push(make_upload({"model.safetensors": b"w" * (24 << 20)}), Hub(faulty.endpoint, TOKEN), heard.append)
+    verify("me/model", Hub(faulty.endpoint, TOKEN))
+    assert [fault for method, _, fault in faulty.seen if method == "PUT"] == ["stall", None]
+    told = [event.text for event in heard if isinstance(event, Warned)]
+    assert any("Retrying in 1s [Retry 1/5]" in text for text in told)
 
 
 @pytest.mark.parametrize("fault", ["lost", 503])

@@ -15,6 +15,7 @@ from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish import _sending
 from hubforge.publish._sending import Meter, WatchedFile, check_files, git_oid
 from hubforge.publish.hub import push
+from hubforge.reporters import progress_text
 from tests.fixtures_publish import MakeUpload, digest
 
 MIB = 1 << 20
@@ -140,3 +141,35 @@ def test_a_large_file_is_read_once_to_be_sent_and_never_to_be_hashed(
     monkeypatch.setattr(io, "open", counting_open)
     push(upload, hub, silent)
     assert read == (0 if again else 1_000_000)
+
+
+def test_a_drip_is_a_stall_and_a_retry_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte a second never runs into the timeout of a single send: the reader sees when it is asked for more."""
+    import httpx2
+
+    now = 0.0
+    monkeypatch.setattr("hubforge.publish._sending.time.monotonic", lambda: now)
+    with opened(file_of(tmp_path)) as reader:
+        reader.read(65536)
+        now += 59
+        reader.read(65536)
+        now += 61
+        with pytest.raises(httpx2.WriteTimeout, match="less than 64 KiB in 60 s"):
+            reader.read(65536)
+        reader.seek(0)
+        now += 100
+        assert reader.read() == DATA
+
+
+def test_the_meter_tells_the_part_the_whole_and_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("hubforge.publish._sending.time.monotonic", lambda: now)
+    heard: list[Event] = []
+    meter = Meter(300 * MIB, heard.append, "publish.weights", {"a": 100 * MIB, "b": 200 * MIB})
+    for position in (0, 10, 20):
+        meter.at("a", position * MIB, whole=True)
+        now += 2
+    *_, last = [event for event in heard if isinstance(event, Progress)]
+    assert (last.done, last.total, last.part_done, last.part_total) == (20 * MIB, 300 * MIB, 20 * MIB, 100 * MIB)
+    assert last.rate == 5 * MIB
+    assert progress_text(last) == "a 21.0/104.9 MB, 21.0/314.6 MB in all, 5.2 MB/s, 56 s left"
