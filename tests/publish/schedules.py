@@ -106,30 +106,38 @@ class Killed(BaseException):
     """In place of kill -9, within one process: nothing of ours may catch it."""
 
 
+Whole = dict[str, list[dict[str, tuple[str, ...]]]]  # by repository, of each release: path -> etags it may have
+
+
+def whole_of(releases: Sequence[Sequence[Upload]]) -> Whole:
+    found: Whole = {}
+    for release in releases:
+        for upload in release:
+            found.setdefault(upload.repo, []).append({one.path: (one.sha256, _blob(one)) for one in upload.files})
+    return found
+
+
 @dataclass
 class Watcher:
     """Looks at the Hub's folder, as one who may see everything."""
 
     folder: Path
-    releases: Sequence[Sequence[Upload]]
+    whole: Whole
+    private: frozenset[str]
     broken: list[str] = field(default_factory=list)
     uploads: int = 0
     unanswered: Counter[str] = field(default_factory=Counter)  # sha256 -> times that it arrived and nobody was told
 
     def __post_init__(self) -> None:
-        self._whole = {
-            (upload.repo, index): {file.path: (file.sha256, _blob(file)) for file in upload.files}
-            for index, release in enumerate(self.releases)
-            for upload in release
-        }
-        self._repos = sorted({upload.repo for release in self.releases for upload in release})
-        self.held: dict[str, set[int]] = {id: set() for id in self._repos}  # seen or not, now or before
-        self._private = {upload.repo for upload in self.releases[0] if upload.private}
+        self.held: dict[str, set[int]] = {id: set() for id in self.whole}  # seen or not, now or before
 
     def _is(self, repo: str, index: int, tree: Any) -> bool:
-        wanted = self._whole[repo, index]
+        wanted = self.whole[repo][index]
         held = {path: entry for path, entry in tree.files.items() if path != ".gitattributes"}
         return held.keys() == wanted.keys() and all(held[path].etag in wanted[path] for path in held)
+
+    def _which(self, repo: str, tree: Any) -> set[int]:
+        return {index for index in range(len(self.whole[repo])) if self._is(repo, index, tree)}
 
     def look(self, method: str, path: str, fault: Fault | None) -> None:
         """After a request."""
@@ -153,7 +161,7 @@ class Watcher:
     def _look(self, after: str) -> None:
         shelf = Shelf(self.folder)
         shown: dict[str, int] = {}
-        for id in self._repos:
+        for id in self.whole:
             try:
                 repo = shelf.get("models", id)
             except Refusal:  # not made yet
@@ -161,30 +169,29 @@ class Watcher:
             refs = repo.refs()
             main = repo.tree(repo.commit(refs["refs/heads/main"]))
             trees = [repo.tree(repo.commit(refs[ref])) for ref in refs if ref.startswith(PULLS)]
-            for index in range(len(self.releases)):
-                if any(self._is(id, index, tree) for tree in (main, *trees)):
-                    self.held[id].add(index)
-            if id in self._private:
+            for tree in (main, *trees):
+                self.held[id] |= self._which(id, tree)
+            if id in self.private:
                 if not repo.private:
                     self.broken.append(f"{id} is public after {after}")
                 continue
             if repo.private or set(main.files) <= {".gitattributes"}:
                 continue
-            found = [index for index in range(len(self.releases)) if self._is(id, index, main)]
+            found = self._which(id, main)
             if not found:
                 self.broken.append(f"{id} shows part of a release after {after}: {sorted(main.files)}")
-            shown[id] = found[0] if found else -1
+            shown[id] = min(found, default=-1)
         self.broken += [
             f"{id} shows release {index} after {after}, but {other} does not hold it"
             for id, index in shown.items()
-            for other in self._repos
+            for other in self.whole
             if index not in self.held[other]
         ]
 
     def check_end(self, hub: Hub, index: int) -> None:
         """The end of a schedule: the last release is what everybody sees, once."""
         shelf = Shelf(self.folder)
-        for id in self._repos:
+        for id in self.whole:
             repo = shelf.get("models", id)
             refs = repo.refs()
             history = list(repo.history(repo.commit(refs["refs/heads/main"])))
@@ -193,7 +200,7 @@ class Watcher:
             times = Counter(commit.tree for commit in history)
             if max(times.values()) > 1:
                 self.broken.append(f"{id}: a commit twice: {[commit.title for commit in history]}")
-            if repo.private != (id in self._private):
+            if repo.private != (id in self.private):
                 self.broken.append(f"{id} is {'private' if repo.private else 'public'} at the end")
             left = [number for number in numbers(repo) if read(repo, number)["status"] in ("open", "draft")]
             if left:
@@ -240,7 +247,8 @@ def run_schedule(seed: int, root: Path) -> dict[str, int]:
     """
     draw = random.Random(seed)
     releases = [make_release(version, root / "files") for version in range(3)]
-    watcher = Watcher(root / "hub", releases)
+    private = frozenset(upload.repo for upload in releases[0] if upload.private)
+    watcher = Watcher(root / "hub", whole_of(releases), private)
     counts: Counter[str] = Counter()
     guard = threading.Lock()
     state = {"rate": 0.0, "death": 0.0}
@@ -328,6 +336,13 @@ def main() -> None:
         totals = run_many(range(options.first, options.first + options.faults))
         _retry.time.sleep = sleeping
         print(f"{options.faults} schedules of faults: {totals['broken']} broken; {dict(totals)}")
+    if options.kills:
+        from tests.publish.kills import run_kills
+
+        with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+            found = run_kills(options.kills, Path(folder), options.first)
+        print(f"{options.kills} moments of kill -9: {found['broken']} broken; {dict(found)}")
+        totals["broken"] += found["broken"]
     sys.exit(bool(totals["broken"]))
 
 
