@@ -72,7 +72,10 @@ class Journal:
         try:
             yield found
         except HubforgeError as error:
-            doubt = any(getattr(error, name, False) for name in ("in_doubt", "doubted"))
+            status = getattr(error, "status", None)
+            # Only a refusal says that nothing was done. An answer that makes no sense may follow on what was.
+            refused = isinstance(status, int) and 400 <= status < 500 and not getattr(error, "doubted", False)
+            doubt = not refused
             self.record(action, repo, "failed", **facts, error=error.what[:500], in_doubt=doubt)
             raise
         self.record(action, repo, "done", **{**facts, **found})

@@ -250,12 +250,20 @@ def put_tags(job: Job, plans: Sequence[PushPlan], commit: str, remote: Remote, j
     for upload, found in zip(job.uploads, plans, strict=True):
         if found.tag_change != "create" or upload.tag is None:
             continue
-        try:
-            with journal.doing("tag", job.repo, tag=upload.tag, commit=commit):
+        with journal.doing("tag", job.repo, tag=upload.tag, commit=commit):
+            refused = None
+            try:
                 remote.tag(upload.tag, commit)
-        except HubError as error:
-            if error.status != 409:
-                raise
-            marked = remote.tags().get(upload.tag)  # somebody was faster, or the answer to an earlier try was lost
+            except HubError as error:
+                if error.status != 409:  # somebody was faster, or the answer to an earlier try was lost
+                    raise
+                refused = error
+            marked = remote.tags().get(upload.tag)
+            if marked is None:
+                raise PublishError(
+                    f"the Hub took the tag {upload.tag}, but does not have it",
+                    where=f"{job.repo} on {remote.hub.endpoint}",
+                    mend="Run the same command again.",
+                )
             if marked != commit:
-                raise tag_taken(upload, remote.hub, marked or "that is hidden", commit) from error
+                raise tag_taken(upload, remote.hub, marked, commit) from refused

@@ -61,6 +61,8 @@ class Staging:
         self.first = self.plans = self.job.plans(remote, self.known, seen)
         self.commit = self.plans[0].parent
         self.hidden = self.plans[0].private and self.journal.is_hidden_by_us(self.job.repo)
+        if self.plans[0].exists and not self.plans[0].private and self.journal.is_hidden_by_us(self.job.repo):
+            self.journal.record("open", self.job.repo, "done", why="found public")
         unfinished = self.hidden or self.journal.pulls(self.job.repo)
         return any(plan.changes for plan in self.plans) or bool(unfinished)
 
@@ -89,8 +91,8 @@ class Staging:
             remote.create(private=True)
         self.created = True
         self.plans = tuple(self.job.plans(remote, self.known))
-        self.hidden = self.plans[0].private
-        if not self.hidden:  # somebody else made it in this very moment
+        self.hidden = self.plans[0].exists and self.plans[0].private
+        if self.plans[0].exists and not self.hidden:  # somebody else made it in this very moment
             self.journal.record("leave", self.job.repo, "done", why="it is public")
 
     def _propose(self, remote: Remote) -> None:
@@ -235,6 +237,13 @@ class Staging:
         if seen.head.private:
             with self.journal.doing("open", self.job.repo):
                 set_private(remote, private=False)
+                head = remote.head()
+                if head is None or head.private:
+                    raise PublishError(
+                        "the Hub took the request to make the repository public, but it is still private",
+                        where=f"{self.job.repo} on {remote.hub.endpoint}",
+                        mend="Run the same command again.",
+                    )
         else:  # the answer that it is done was lost
             self.journal.record("open", self.job.repo, "done")
 
