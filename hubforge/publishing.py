@@ -18,7 +18,8 @@ from hubforge.publish._earlier import RELEASE_LIMIT
 from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal, journal_path
 from hubforge.publish._release import publish_release
-from hubforge.publish._remote import Remote, Snapshot
+from hubforge.publish._remote import Remote, RemoteFile, Snapshot
+from hubforge.publish._sending import git_blob_oid
 from hubforge.publish._sums import sums_text
 from hubforge.release import FILE_NAME, SUMS_NAME, CardRecord, File, Release, TargetRecord
 from hubforge.run import Runner
@@ -107,10 +108,11 @@ def located(runner: Runner, entry: str, path: str) -> Path:
     return runner.store.folder(runner.plan.steps[entry].key) / path
 
 
-def siblings(release: Release, name: str, remote: Remote, seen: Snapshot) -> list[Release]:
+def siblings(release: Release, name: str, remote: Remote, seen: Snapshot, kept: Path | None = None) -> list[Release]:
     """The releases of the other folders of a mask repository, as the release files in it tell; [] when it is new.
 
     A release file that cannot be read is reported and left out: its folder stays as it is, only its row is missing.
+    kept: a folder in which those that were read are kept by their digest, so that an unchanged one is read once.
     """
     target = next(target for target in release.targets if target.name == name)
     if target.folder is None or seen.head is None or seen.head.commit is None:
@@ -121,11 +123,27 @@ def siblings(release: Release, name: str, remote: Remote, seen: Snapshot) -> lis
         if last != FILE_NAME or not folder or folder == target.folder.strip("/"):
             continue
         try:
-            found.append(Release.model_validate_json(remote.read(path, seen.head.commit, RELEASE_LIMIT)))
+            content = _read_kept(remote, seen.tree[path], seen.head.commit, kept)
+            found.append(Release.model_validate_json(content))
         except (ValidationError, PublishError):
             text = f"{path} is not a release file that can be read; the card leaves it out"
             remote.report(Warned(remote.step, text))
     return found
+
+
+def _read_kept(remote: Remote, file: RemoteFile, commit: str, kept: Path | None) -> bytes:
+    """The bytes of that file: from the folder where what lies there has the digest that the Hub tells, else from it."""
+    if kept is None or file.sha256 is not None:
+        return remote.read(file.path, commit, RELEASE_LIMIT)
+    place = kept / file.oid
+    with disk_errors(kept):
+        content = place.read_bytes() if place.is_file() else b""
+        if content and git_blob_oid(content) == file.oid:
+            return content
+        content = remote.read(file.path, commit, RELEASE_LIMIT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return content
 
 
 @dataclass(frozen=True)
@@ -158,7 +176,7 @@ def prepare(
             with Remote(hub, repo, report=report, step=f"publish.{name}") as remote:
                 if repo not in seen:
                     seen[repo] = remote.look()
-                others = siblings(release, name, remote, seen[repo])
+                others = siblings(release, name, remote, seen[repo], runner.store.root / "publish" / "read")
             with_us = {one.name: one for one in release.targets if one.repo == repo and one.name != name}
             folders = {one.folder for one in with_us.values()}
             others = [one for one in others if _folder(one) not in folders] + [

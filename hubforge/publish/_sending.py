@@ -192,6 +192,11 @@ def check_files(upload: Upload) -> None:
             raise changed(file)
 
 
+def git_blob_oid(data: bytes) -> str:
+    """Git's name for these bytes as a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def git_oid(file: UploadFile) -> str:
     """Git's name for that file as a blob: sha1 of a header and the bytes. For files kept in git, which are small.
 

@@ -9,7 +9,7 @@ import pytest
 
 from hubforge.errors import PublishError
 from hubforge.events import silent
-from hubforge.hub import HubSettings, LocalHub, Token
+from hubforge.hub import HubSettings, LocalHub, Scope, Token
 from hubforge.op import Hub
 from hubforge.publish.hub import check_access, may_publish, push, sends_token_in_clear
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests
@@ -96,3 +96,25 @@ def test_no_token_and_a_wrong_token_are_told_apart(hub: Hub) -> None:
 )
 def test_a_token_over_plain_http_is_noticed(endpoint: str, token: str | None, clear: bool) -> None:
     assert sends_token_in_clear(Hub(endpoint, token)) is clear
+
+
+@pytest.mark.parametrize(
+    ("scopes", "collection", "fault"),
+    [
+        ((Scope("user", "me", ("repo.write", "collection.write")),), "Ours", None),
+        ((Scope("user", "me", ("repo.write",)),), "Ours", "grants collection.write for me"),
+        ((Scope("user", "me", ("repo.write",)),), "team/ours-" + "0" * 24, "grants collection.write for team"),
+    ],
+    ids=["granted", "missing", "of another"],
+)
+def test_a_fine_grained_token_needs_the_scope_for_a_collection(
+    tmp_path: Path, scopes: tuple[Scope, ...], collection: str, fault: str | None
+) -> None:
+    tokens = {TOKEN: Token("me", role="fineGrained", scopes=scopes)}
+    with LocalHub(tmp_path / "hub", settings=HubSettings(tokens=tokens)) as local:
+        hub = Hub(local.endpoint, TOKEN)
+        if fault is None:
+            assert check_access(hub, ["me/a"], {"me/a": collection})[0].may_write
+        else:
+            with pytest.raises(PublishError, match=fault):
+                check_access(hub, ["me/a"], {"me/a": collection})

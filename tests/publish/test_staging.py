@@ -17,6 +17,9 @@ from hubforge.op import Hub, Upload
 from hubforge.publish._journal import Journal
 from hubforge.publish._links import with_new_version
 from hubforge.publish._release import publish_release
+from hubforge.publish._remote import Remote
+from hubforge.publishing import siblings
+from hubforge.release import Release
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests, json_answer
 
 BIG = b"w" * 5000
@@ -412,3 +415,22 @@ def test_new_version_is_one_line_of_the_front_matter(card: str, expected: str) -
 def test_front_matter_that_has_no_lines_is_left_to_its_author() -> None:
     with pytest.raises(PublishError, match="cannot be changed line by line"):
         with_new_version("---\n{a: 1}\n---\nx", "me/new")
+
+
+def test_the_release_files_of_other_folders_are_read_once(
+    hub: Hub, make_upload: MakeUpload, journal: Callable[[], Journal], sent: Requests, tmp_path: Path
+) -> None:
+    masks = [make_upload({"m.bin": b"1"}, repo="me/masks", folder=name, target=name) for name in "abc"]
+    publish_release(masks, hub, silent, journal())
+    record = next(file for file in masks[2].files if file.path == "c/hubforge.release.json")
+    assert isinstance(record.content, bytes)
+    release = Release.model_validate_json(record.content)
+    for expected in (2, 0, 1):
+        with Remote(hub, "me/masks") as remote:
+            seen = remote.look()
+            sent.clear()
+            assert len(siblings(release, "c", remote, seen, tmp_path / "kept")) == 2
+        assert len(sent) == expected
+        some = next((tmp_path / "kept").iterdir())
+        if expected == 0:
+            some.write_bytes(b"spoilt")
