@@ -113,7 +113,8 @@ def await_scan(remote: Remote, revision: str, ours: frozenset[str]) -> None:
             raise PublishError(
                 f"the Hub's security scan of the staged files is not done after {remote.retry.waited:.0f} s of waiting",
                 where=where,
-                mend="Nothing was published yet. Run the same command again later, or give it time: --patience 2h.",
+                mend="Nothing was published yet. Run the same command again later, or give it time: --patience 2h."
+                " --no-stage publishes without waiting for a scan.",
             )
         if poll == 0:
             remote.report(Note(remote.step, "waiting for the Hub's security scan"))
