@@ -175,6 +175,11 @@ def measure(command: list[str], out: Path) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
+def make(family: Path, folder: Path, what: str) -> None:
+    """In a process of its own: a child's peak RSS starts from its parent's."""
+    subprocess.run([sys.executable, __file__, str(family), str(folder), "--do", what], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", type=Path)
@@ -186,7 +191,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.do:
         kind, _, name = args.do.partition(" ")
-        if kind == "merge":
+        if kind == "make-mask":
+            make_mask(args.family, args.out)
+        elif kind == "make-deep":
+            make_deep(args.out, int(name))
+        elif kind == "merge":
             merge(args.family, args.out, name)
         elif kind == "deep":
             merge_deep(args.family, args.out)
@@ -196,7 +205,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     if {"two-stage", "unfused"} & set(args.only):
-        make_mask(args.family, args.out / "mask")
+        make(args.family, args.out / "mask", "make-mask")
     for path in [*args.family.rglob("*.safetensors"), *args.out.rglob("*.safetensors")]:
         with path.open("rb", buffering=0) as file:
             while file.readinto(bytearray(1 << 24)):
@@ -238,7 +247,7 @@ def main() -> None:
         print(f"two-stage  fused / unfused = {ratio:.2f} (target 0.50)")
     if "layers" in args.only:
         for layers in DEPTHS:
-            make_deep(args.out / "deep", layers)
+            make(args.family, args.out / "deep", f"make-deep {layers}")
             cost = measure(command(args.out / "deep", "deep"), args.out / "work")
             print(f"layers {layers:3} wall {cost.wall:6.2f} s, rss {cost.rss:5.3f} GB")
             shutil.rmtree(args.out / "deep")
