@@ -12,6 +12,7 @@ import typer
 
 from hubforge import __version__
 from hubforge.cli_hub import hub_app
+from hubforge.cli_push import ExitCodeFlag, PruneFlag, TakeOption, confirm_pruning, end_push_plan, side
 
 if TYPE_CHECKING:
     from hubforge.session import Session
@@ -147,6 +148,9 @@ def plan(
     steps: Steps = None,
     push: Annotated[bool, typer.Option("--push", help="Also what a push would change; asks the Hub.")] = False,
     to: Annotated[str | None, typer.Option(help="Hub to compare with: an address, or `local`.")] = None,
+    take: TakeOption = None,
+    prune: PruneFlag = False,
+    exit_code: ExitCodeFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show each step: cached, to resume or to make, and why."""
@@ -159,11 +163,13 @@ def plan(
     elif not as_json:
         show.print_plan(made)
     if push:
-        changes = here.plan_push(made, to)
+        with here.hub(to) as hub:
+            changes = here.plan_push(made, hub, take=side(take), prune=prune)
         if as_json:
             emit({**show.plan_data(made), "push": show.push_data(changes)})
         else:
             show.print_push(changes)
+        end_push_plan(changes, exit_code)
 
 
 @app.command(epilog="Examples: hubforge run recipes/demo.yaml · hubforge run recipes/demo.yaml stages.healed")
@@ -202,7 +208,11 @@ def publish(
         str | None,
         typer.Option(help="Another Hub: its address, or `local` for the embedded one."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what a push would change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what a push would change; runs nothing.")] = False,
+    take: TakeOption = None,
+    prune: PruneFlag = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Prune without asking.")] = False,
+    exit_code: ExitCodeFlag = False,
     templates: Annotated[Path | None, typer.Option(help="Folder of card templates that replace ours.")] = None,
     stage: Annotated[
         bool,
@@ -225,13 +235,21 @@ def publish(
     here = session(ctx, recipe, as_json=as_json)
     with here, here.hub(to, patience) as hub:
         if dry_run:
-            changes = here.plan_push(here.plan(None), None, hub=hub, templates=templates)
+            changes = here.plan_push(here.plan(None), hub, templates=templates, take=side(take), prune=prune)
+            here.pause()
             emit(show.push_data(changes)) if as_json else show.print_push(changes)
+            end_push_plan(changes, exit_code)
             return
         if here.plan(None).to_make():
             here.check_targets(hub)  # before the work, not after hours of it; else the push itself tells at once
         outcome = here.run(None, templates=templates)
-        receipts = here.publish(outcome, hub, templates, stage=stage)
+        gone = None
+        if prune:
+            changes = here.plan_push(outcome.plan, hub, templates=templates, take=side(take), prune=True)
+            here.pause()
+            gone = confirm_pruning(changes, yes)
+            here.resume()
+        receipts = here.publish(outcome, hub, templates, stage=stage, take=side(take), prune=gone)
         here.pause()
         if as_json:
             emit({**show.outcome_data(outcome), "published": receipts})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -97,6 +98,29 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
         collection=getattr(op, "collection", None),
         supersedes=tuple(getattr(op, "supersedes", None) or ()),
     )
+
+
+def uploads_so_far(runner: Runner) -> tuple[Upload, ...]:
+    """For each target what is made of it already, without the card: for a plan before the run. Fetches nothing."""
+    found = []
+    for name, target in runner.plan.recipe.targets.items():
+        op: Any = target.op
+        prefix = f"{op.folder.strip('/')}/" if op.folder else ""
+        files = [
+            UploadFile(prefix + file.path, located(runner, entry, file.path), file.size, file.sha256)
+            for entry in target.entries
+            if _is_here(runner, entry)
+            for file in artifact_files(runner, entry)
+        ]
+        found.append(Upload(name, op.repo, tuple(files), "", folder=op.folder, tag=op.tag, private=op.private))
+    return tuple(found)
+
+
+def _is_here(runner: Runner, entry: str) -> bool:
+    section, _, name = entry.partition(".")
+    if section == "sources":
+        return runner.plan.sources[name].path is not None
+    return runner.plan.steps[entry].status == "cached"
 
 
 def located(runner: Runner, entry: str, path: str) -> Path:
@@ -209,11 +233,14 @@ def publish(
     *,
     templates: Path | None = None,
     stage: bool = True,
+    take: Literal["ours", "theirs"] | None = None,
+    prune: Mapping[str, frozenset[str]] | None = None,
 ) -> list[dict[str, object]]:
     """Publish every target, each repository whole or not at all; the receipts, in the order of the recipe.
 
     stage: nothing is brought to main before all of it is on the Hub and verified; see `publish._release`. An op that
-    knows no staging (of another package) pushes by itself, after all others.
+    knows no staging (of another package) pushes by itself, after all others. take: which card wins where people edited
+    what hubforge wrote. prune: by target, paths of others that are deleted.
     """
     recipe = runner.plan.recipe
     targets = recipe.targets
@@ -225,10 +252,13 @@ def publish(
         Remote(hub, "", report=report, step="publish"),  # one client, and so one connection, for all that follows
     ):
         prepared = prepare(runner, release, hub, report, templates=templates, write=True)
-        staged = [one for one in prepared.uploads if targets[one.target].op.staged]
+        uploads = [
+            replace(one, take=take, prune=(prune or {}).get(one.target, frozenset())) for one in prepared.uploads
+        ]
+        staged = [one for one in uploads if targets[one.target].op.staged]
         done = publish_release(staged, hub, report, journal, seen=prepared.seen, stage=stage)
         receipts |= {one.target: result for one, result in zip(staged, done, strict=True)}
-        for one in prepared.uploads:
+        for one in uploads:
             if one not in staged:
                 report(Started(f"publish.{one.target}", f"to {hub.endpoint}/{one.repo}"))
                 receipts[one.target] = targets[one.target].op.push(one, hub, report)

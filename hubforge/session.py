@@ -7,11 +7,11 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hubforge import recipe as recipes
 from hubforge.errors import HubforgeError, LockError, RecipeError
@@ -26,6 +26,10 @@ from hubforge.run import Runner, refreshed
 from hubforge.sources import package_versions
 from hubforge.store import LocalStore, write_json
 
+if TYPE_CHECKING:
+    from hubforge.publish._plan import PushPlan
+
+Take = Literal["ours", "theirs"]
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
 
 
@@ -82,6 +86,10 @@ class Session:
     def pause(self) -> None:
         """Stop the live display, so that results can be printed."""
         self._stack.close()
+
+    def resume(self) -> None:
+        """Show what happens again, after a pause."""
+        self.__enter__()
 
     def wait(self) -> None:
         """Wait for Ctrl-C."""
@@ -213,30 +221,65 @@ class Session:
             yield replace(hub, patience=seconds)
 
     def publish(
-        self, outcome: Outcome, hub: Hub, templates: Path | None, *, stage: bool = True
+        self,
+        outcome: Outcome,
+        hub: Hub,
+        templates: Path | None,
+        *,
+        stage: bool = True,
+        take: Take | None = None,
+        prune: Mapping[str, frozenset[str]] | None = None,
     ) -> list[dict[str, object]]:
+        """Push what was made, and read it back. prune: by target, paths of others that go besides."""
         from hubforge.publishing import publish, require_targets
 
         runner = self.runner(outcome.plan)
         require_targets(runner)
         assert outcome.release is not None
-        return publish(runner, outcome.release, hub, self.report, templates=templates, stage=stage)
+        return publish(
+            runner, outcome.release, hub, self.report, templates=templates, stage=stage, take=take, prune=prune
+        )
 
     def plan_push(
-        self, plan: Plan, to: str | None, *, hub: Hub | None = None, templates: Path | None = None
-    ) -> list[Any]:
-        """What a push would change, per target; asks the Hub, uploads nothing. Every step must be made."""
+        self,
+        plan: Plan,
+        hub: Hub,
+        *,
+        templates: Path | None = None,
+        take: Take | None = None,
+        prune: bool = False,
+    ) -> list[PushPlan]:
+        """What a push would change, per target; asks the Hub, uploads nothing. prune: files of others go too.
+
+        Where steps are not made yet, only what does not hang on them is told.
+        """
         from hubforge.assemble import assemble
         from hubforge.publish._plan import plan_push
-        from hubforge.publishing import prepare, require_targets
+        from hubforge.publishing import prepare, require_targets, uploads_so_far
 
         runner = self.runner(plan)
         require_targets(runner)
-        release = assemble(runner)
-        with ExitStack() as stack:
-            hub = hub or stack.enter_context(open_hub(to))
-            prepared = prepare(runner, release, hub, self.report, templates=templates)
-            return [plan_push(one, hub, self.report) for one in prepared.uploads]
+        missing = [step.name for step in plan.to_make()]
+        if missing:
+            uploads = uploads_so_far(runner)
+        else:
+            uploads = prepare(runner, assemble(runner), hub, self.report, templates=templates).uploads
+        changes = [
+            plan_push(replace(one, take=take), hub, self.report, unknown=self._unmade(plan, one.target, missing))
+            for one in uploads
+        ]
+        if prune and not missing:
+            changes = [
+                plan_push(replace(one.upload, prune=frozenset(one.prunable)), hub, self.report) if one.prunable else one
+                for one in changes
+            ]
+        return changes
+
+    def _unmade(self, plan: Plan, target: str, missing: list[str]) -> list[str]:
+        """Of the steps that are not made, those a target's files hang on; all, where only its card waits for them."""
+        entries = [entry for entry in self.recipe.targets[target].entries if entry in plan.steps]
+        needed = plan.only(entries).steps
+        return [name for name in missing if name in needed] or missing
 
     def path(self, step: str) -> Path:
         """The folder of an artifact; one that existed only in another's pass is made. RecipeError for another one."""

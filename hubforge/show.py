@@ -149,21 +149,63 @@ def push_data(changes: Sequence[PushPlan]) -> list[dict[str, Any]]:
 
 
 def print_push(changes: Sequence[PushPlan]) -> None:
-    """What a push would add, replace, delete and leave, per repository."""
+    """What a push would add, replace, delete and leave, per repository, and the diff of a card that is replaced."""
     for change in changes:
         new = "" if change.exists else f"  [yellow]new, {'private' if change.private else 'public'}[/yellow]"
         inside = f"/{change.folder}" if change.folder else ""
         console.print(f"[bold]{escape(change.repo + inside)}[/bold]{new}")
-        for mark, files in (("+", change.added), ("~", change.replaced), ("-", change.deleted)):
+        for mark, files in (("[green]+[/green]", change.added), ("[yellow]~[/yellow]", change.replaced)):
             for file in files:
-                console.print(f"  {mark} {escape(file.path)}  [dim]{size(file.size)}[/dim]", soft_wrap=True)
+                left_out = "  [red]a .gitignore there keeps it out[/red]" if file.path in change.ignored else ""
+                console.print(f"  {mark} {escape(file.path)}  [dim]{size(file.size)}[/dim]{left_out}", soft_wrap=True)
+        for file in change.deleted:
+            why = ", not of this release" if file.path in change.pruned else ""
+            path = escape(printable(file.path))
+            console.print(f"  [red]-[/red] {path}  [dim]{size(file.size)}{why}[/dim]", soft_wrap=True)
         for path in change.kept:
-            console.print(f"  = {escape(path)}  [dim]changed on the Hub since; left alone[/dim]", soft_wrap=True)
-        left = f"{some(len(change.unchanged), 'file')} unchanged"
-        others = len(change.foreign) + change.others
-        left += f", {others} not ours" if others else ""
-        tag = f", tag {change.tag}" if change.tag_change == "create" else ""
-        console.print(f"  [dim]{left}; {size(change.upload_bytes)} to upload{escape(tag)}[/dim]")
+            path = escape(printable(path))
+            console.print(f"  = {path}  [dim]changed on the Hub since; left alone[/dim]", soft_wrap=True)
+        for path in change.foreign[:20]:
+            console.print(f"  = [dim]{escape(printable(path))}  not ours; left alone[/dim]", soft_wrap=True)
+        if len(change.foreign) > 20:
+            console.print(f"  = [dim]and {len(change.foreign) - 20} more that are not ours[/dim]")
+        if change.tag is not None:
+            does = {"create": "would be set", "keep": "is there", None: "cannot be known yet"}[change.tag_change]
+            console.print(f"  [dim]tag[/dim] {escape(change.tag)}  [dim]{does}[/dim]")
+        if change.exists and change.replaced and not change.conflicts:
+            print_diff(change.card_diff)
+        if change.unknown:
+            some_steps = ", ".join(change.unknown[:6]) + (" ..." if len(change.unknown) > 6 else "")
+            text = f"not made yet: {some_steps}; what they give, and the card, cannot be known"
+            console.print(f"  [yellow]?[/yellow] {escape(text)}", soft_wrap=True)
+        console.print(f"  [dim]{_totals(change)}[/dim]", soft_wrap=True)
+
+
+def _totals(change: PushPlan) -> str:
+    parts = [
+        f"{len(files)} {what}, {size(sum(file.size for file in files))}"
+        for what, files in (("added", change.added), ("replaced", change.replaced), ("deleted", change.deleted))
+        if files
+    ]
+    left = f"{some(len(change.unchanged), 'file')} unchanged, {size(sum(file.size for file in change.unchanged))}"
+    others = len(change.foreign) + len(change.kept) + change.others
+    parts += [left] + ([f"{others} left alone"] if others else [])
+    return f"{'; '.join(parts)}; {size(change.upload_bytes)} to upload"
+
+
+def print_diff(diff: str) -> None:
+    """A unified diff, coloured on a terminal."""
+    from rich.text import Text
+
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for line in diff.splitlines():
+        style = "bold" if line.startswith(("+++ ", "--- ")) else styles.get(line[:1], "dim")
+        console.print(Text(f"    {line}", style=style), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A name from a Hub, safe on a terminal."""
+    return text if text.isprintable() else repr(text)
 
 
 def print_receipts(receipts: Sequence[dict[str, Any]]) -> None:

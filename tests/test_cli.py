@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -142,3 +143,30 @@ def test_a_mergekit_configuration_becomes_a_recipe(hubforge, tmp_path):
     (node,) = recipe.load(tmp_path / "r.yaml").nodes.values()
     assert node.op.t == 0.3
     assert "--force overwrites it" in hubforge("import", "mk.yml", "r.yaml", check=2).stderr
+
+
+PUSHED = """\
+name: tiny
+license: mit
+sources: {one: {adapter: ./one}, two: {adapter: ./two}}
+stages: {blend: {op: average, adapters: [one, two]}}
+publish: {adapter: {op: hub, repo: me/tiny, adapter: blend}}
+"""
+
+
+def test_a_dry_run_tells_ci_by_its_exit_code_whether_anything_would_change(hubforge, tmp_path, tiny_loras):
+    shutil.copytree(tiny_loras["one"], tmp_path / "one")
+    shutil.copytree(tiny_loras["two"], tmp_path / "two")
+    (tmp_path / "r.yaml").write_text(PUSHED)
+    before = hubforge("publish", "r.yaml", "--to", "local", "--dry-run", "--exit-code", check=10)
+    assert "me/tiny  new, public" in before.stdout and "not made yet: stages.blend" in before.stdout
+    hubforge("publish", "r.yaml", "--to", "local")
+    assert "0 B to upload" in hubforge("publish", "r.yaml", "--to", "local", "--dry-run", "--exit-code").stdout
+    (tmp_path / "r.yaml").write_text(PUSHED + "card: {title: Better}\n")
+    hubforge("run", "r.yaml")
+    after = hubforge("plan", "r.yaml", "--push", "--to", "local", "--exit-code", check=10)
+    assert "    +# Better\n" in after.stdout and "\x1b" not in after.stdout
+    data = json.loads(hubforge("plan", "r.yaml", "--push", "--to", "local", "--json").stdout)["push"][0]
+    assert data["changes"] and "+# Better" in data["card_diff"] and data["unknown"] == []
+    assert "give" in hubforge("publish", "r.yaml", "--to", "local", "--take", "mine", check=1).stderr.lower()
+    assert "Serving" not in hubforge("publish", "r.yaml", "--to", "local", "--prune").stdout  # nothing to ask about

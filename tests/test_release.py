@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hubforge import recipe
-from hubforge.errors import GateError, SourceError, VerifyError
+from hubforge.errors import GateError, PublishError, SourceError, VerifyError
 from hubforge.op import Hub, Settings
 from hubforge.release import FILE_NAME, Release
 from hubforge.reporters import Quiet
@@ -165,13 +165,50 @@ def test_anyone_can_make_it_again(session, hub, project, tmp_path):
 def test_what_a_push_would_change(session, hub):
     here = session()
     outcome = here.run(None)
-    first = here.plan_push(outcome.plan, None, hub=hub)
+    first = here.plan_push(outcome.plan, hub)
     assert [change.exists for change in first] == [False, False]
     here.publish(outcome, hub, None)
-    assert [change.changes for change in here.plan_push(outcome.plan, None, hub=hub)] == [False, False]
+    assert [change.changes for change in here.plan_push(outcome.plan, hub)] == [False, False]
     other = session(TEXT.replace("A model for tests.", "Another summary.").replace(", tag: v1", ""))
-    changes = other.plan_push(other.plan(None), None, hub=hub)[0]
+    changes = other.plan_push(other.plan(None), hub)[0]
     assert {file.path for file in changes.replaced} == {"README.md", "hubforge.release.json", "SHA256SUMS"}
+    assert "-A model for tests." in changes.card_diff and "+Another summary." in changes.card_diff
+
+
+def test_a_plan_before_the_run_says_what_cannot_be_known_and_deletes_nothing(session, hub):
+    here = session()
+    here.publish(here.run(None), hub, None)
+    later = session(TEXT.replace("density: 0.5", "density: 0.4").replace(", tag: v1", ""))
+    weights, adapter = later.plan_push(later.plan(None), hub)
+    assert weights.unknown == ("stages.blend", "stages.merged") and adapter.unknown == ("stages.blend",)
+    assert not weights.changes_files and weights.foreign == () and weights.changes
+
+
+def test_what_people_wrote_on_a_real_card_stays_and_a_real_conflict_is_settled(session, hub, local_hub):
+    """Through the staged publish, on a card as it is really rendered."""
+    api = local_hub.api()
+    here = session(TEXT.replace(", tag: v1", ""))
+    here.publish(here.run(None), hub, None)
+    page = Path(api.hf_hub_download("me/tiny", "README.md")).read_text()
+    mark = next(line for line in page.splitlines() if line.startswith("<!-- hubforge:results"))
+    wrote = page.replace(mark, f"## A word of thanks\n\nTo everybody.\n\n{mark}")
+    api.upload_file(path_or_fileobj=wrote.encode(), path_in_repo="README.md", repo_id="me/tiny")
+    receipts = here.publish(here.run(None), hub, None)
+    assert receipts[0]["pushed"] == []
+    verify("me/tiny", hub)
+    api.upload_file(
+        path_or_fileobj=wrote.replace("word_count", "better_count").encode(),
+        path_in_repo="README.md",
+        repo_id="me/tiny",
+    )
+    with pytest.raises(PublishError, match="the section results was edited by hand"):
+        here.publish(here.run(None), hub, None)
+    with pytest.raises(VerifyError, match="the section results is not as it was published"):
+        verify("me/tiny", hub)
+    other = session(TEXT.replace("A model for tests.", "Another summary.").replace(", tag: v1", ""))
+    other.publish(other.run(None), hub, None, take="ours")
+    page = Path(api.hf_hub_download("me/tiny", "README.md", force_download=True)).read_text()
+    assert "To everybody." in page and "Another summary." in page and "better_count" not in page
 
 
 def test_one_flipped_byte_on_the_hubs_disk_is_found_and_named(session, hub, local_hub, tmp_path):
