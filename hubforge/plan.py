@@ -103,22 +103,8 @@ def make(recipe: Recipe, store: LocalStore) -> Plan:
     steps: dict[str, Step] = {}
     for name, node in recipe.nodes.items():
         op = node.op
-        inputs = {ref: keys[target] for ref, target in node.inputs.items()}
-        fields = {each: _plain(getattr(op, each)) for each in type(op).model_fields if each not in op.unkeyed}
-        material = {
-            "op": op_name(node),
-            "version": op.version,
-            "fields": fields,
-            "inputs": inputs,
-            "pins": {pin: pins[pin] for pin in op.pins},
-        }
         taken = unrounded(node, recipe.nodes)
-        if taken:
-            material["unrounded"] = sorted(taken)
-        # A ref's name is only how the recipe speaks of it: in the key stands what it points to.
-        keyed = {each: _plain(getattr(op, each), inputs) for each in fields}
-        exact = {"unrounded": sorted(inputs[ref] for ref in taken)} if taken else {}
-        key = digest({**material, "fields": keyed, "inputs": None, **exact})
+        key, material = step_key(node, keys, pins, taken)
         keys[name] = key
         status = _status(store, key, op)
         reason = "" if status == "cached" else _reason(material, history.get(name), node, steps)
@@ -153,6 +139,31 @@ def _placed(steps: Mapping[str, Step], store: LocalStore, kept: Iterable[str]) -
             status = _status(store, step.key, step.op)
             found[name] = replace(step, status=status, stored=stored.get(name, ""), fused_into=())
     return found
+
+
+def step_key(
+    node: Node, keys: Mapping[str, str], pins: Mapping[str, str], taken: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """The key of a step, and all that it is made of.
+
+    keys: by full name, of what it uses; pins: versions by package; taken: what it takes unrounded (`fusion.unrounded`).
+    """
+    op = node.op
+    inputs = {ref: keys[target] for ref, target in node.inputs.items()}
+    fields = {each: _plain(getattr(op, each)) for each in type(op).model_fields if each not in op.unkeyed}
+    material = {
+        "op": op_name(node),
+        "version": op.version,
+        "fields": fields,
+        "inputs": inputs,
+        "pins": {pin: pins[pin] for pin in op.pins},
+    }
+    if taken:
+        material["unrounded"] = sorted(taken)
+    # A ref's name is only how the recipe speaks of it: in the key stands what it points to.
+    keyed = {each: _plain(getattr(op, each), inputs) for each in fields}
+    exact = {"unrounded": sorted(inputs[ref] for ref in taken)} if taken else {}
+    return digest({**material, "fields": keyed, "inputs": None, **exact}), material
 
 
 def pinned(recipe: Recipe) -> set[str]:

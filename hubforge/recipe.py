@@ -79,6 +79,11 @@ def load(path: Path) -> Recipe:
     return _Loader(marks.read(path), path).recipe()
 
 
+def loads(text: str, name: str) -> Recipe:
+    """The recipe in that text, as `load` gives it. name: what its errors call the file."""
+    return _Loader(marks.parse(text, name), Path(name)).recipe()
+
+
 def refs(op: BaseModel) -> Iterator[tuple[tuple[str | int, ...], Ref]]:
     """Every ref in the fields of an op, with its path in them."""
 

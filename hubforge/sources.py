@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -115,6 +115,15 @@ class SourceSpec(BaseModel):
         if self.split is not None and self.split not in path:
             return name.endswith(".json") and self.kind != "dataset"
         return any(fnmatch(name, pattern) for pattern in PATTERNS[self.kind])
+
+
+class Digested(Protocol):
+    """What has a path and a sha256."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -243,8 +252,13 @@ def resolve_local(name: str, spec: SourceSpec, folder: Path, hashes: HashCache, 
             where=where,
             mend=f"Looked for {', '.join(PATTERNS[spec.kind])}.",
         )
-    key = digest({"local": spec.kind, "split": spec.split, "files": [[file.path, file.sha256] for file in files]})
+    key = local_key(spec, files)
     return Source(name, spec, key, path=path, files=files, license=spec.license or _readme_license(path))
+
+
+def local_key(spec: SourceSpec, files: Iterable[Digested]) -> str:
+    """The key of a local source: its kind, and the paths and digests of its files."""
+    return digest({"local": spec.kind, "split": spec.split, "files": [[file.path, file.sha256] for file in files]})
 
 
 def _lab_folder(path: Path) -> str:

@@ -1,5 +1,8 @@
 """verify: what a repository holds, against the release file it carries. Needs nothing else, and downloads little.
 
+The release file is held against itself as well: recipe, lock and versions must give the keys that it records, and what
+it lists must be what its steps made (`keys`).
+
 Read: `hubforge.release.json`, `SHA256SUMS`, the card and the other small files, and the Hub's list of the tree. Large
 files are compared by the sha256 that the Hub keeps of them; `deep` downloads and hashes those as well. Nothing is
 written to disk.
@@ -14,6 +17,7 @@ from typing import Any
 
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Progress, Report, silent
+from hubforge.keys import artifact_faults, key_faults
 from hubforge.op import Hub
 from hubforge.publish._access import is_local
 from hubforge.publish._card import CARD_LIMIT
@@ -23,7 +27,7 @@ from hubforge.publish._front_matter import front_matter_faults
 from hubforge.publish._paths import path_fault, repo_fault, shown
 from hubforge.publish._remote import Remote, RemoteFile
 from hubforge.publish._sums import read_sums
-from hubforge.publish._vouched import by_hand_notes, vouched_faults
+from hubforge.publish._vouched import by_hand_notes, table_faults, vouched_faults
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
 from hubforge.sections import is_by_hand, keys_by_hand
 
@@ -234,6 +238,11 @@ class _Check:
                 self.faults.append(fault)
         self._compare_sums()
         self._compare_card()
+        path = release_path(self.folder)
+        faults, notes = key_faults(self.release)
+        faults += artifact_faults(self.release, self.target)
+        self.faults += [f"{path}: {fault}" for fault in faults]
+        self.notes += notes
 
     def _read_release(self) -> tuple[Release, bytes]:
         from pydantic import ValidationError
@@ -348,7 +357,8 @@ class _Check:
             self.downloaded += 1
             if is_by_hand(text):
                 return
-            wrong = [f"{_CARD}: {fault}" for fault in vouched_faults(text, record)]
+            found = [*vouched_faults(text, record), *table_faults(text, self.target)]
+            wrong = [f"{_CARD}: {fault}" for fault in found]
             if self.folder and wrong:
                 self.card_differs = "; ".join(wrong)  # shared by the folders: judged once all were seen
                 return

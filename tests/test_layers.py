@@ -11,7 +11,7 @@ ROOT = Path(hubforge.__file__).parent
 LAYERS = {
     "cli": 6, "cli_hub": 6, "cli_push": 6, "__main__": 6,
     "session": 5, "run": 5, "assemble": 5, "publishing": 5, "verify": 5, "show": 5, "diagnosis": 5, "starters": 5,
-    "reproduce": 5, "places": 5, "garbage": 5, "mergekit": 5,
+    "reproduce": 5, "keys": 5, "places": 5, "garbage": 5, "mergekit": 5,
     "recipe": 4, "fusion": 4, "plan": 4, "store": 4, "catalog": 4, "manual": 4, "facts": 4, "cards": 4,
     "masks": 3, "adapters": 3, "stages": 3, "quantize": 3, "evals": 3, "publish": 3, "lock": 3, "sources": 3,
     "tensors": 2, "models": 2, "rows": 2, "llama_cpp": 2, "machine": 2,

@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 from hubforge.publish._paths import path_fault, shown
 from hubforge.release import SUMS_NAME
+from hubforge.sources import Digested
 
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Digested(Protocol):
-    """What has a path and a sha256: an UploadFile, a File of a release, a FileDigest."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
 
 
 def sums_text(files: Iterable[Digested], folder: str | None = None) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hubforge.publish._front_matter import read_front_matter, told
 from hubforge.publish._merge import LISTS, same
 from hubforge.publish._paths import shown
-from hubforge.release import CardRecord
+from hubforge.release import CardRecord, TargetRecord
 from hubforge.sections import digest, is_by_hand, keys_by_hand, split
+
+_FILE_ROW = re.compile(r"\| `([^`|]+)` \|[^|]*\| `([0-9a-f]{64})` \|")
+_QUANT_ROW = re.compile(r"\| \[[^\]]*\]\(([^()\s]+\.gguf)\) \|")
 
 
 def vouched_faults(card: str, record: CardRecord) -> Iterator[str]:
@@ -42,6 +46,30 @@ def vouched_faults(card: str, record: CardRecord) -> Iterator[str]:
             yield f"{shown(key)} is missing from the front matter"
         else:
             yield f"says {shown(key)} {told(found)}, but the release has {told(value)}"
+
+
+def table_faults(card: str, target: TargetRecord) -> Iterator[str]:
+    """One line for each row of the card's tables of files that is not a file of the release with that digest."""
+    digests = {file.path: file.sha256 for file in target.files}
+    for piece in split(card)[1]:
+        if piece.by_hand or piece.name not in ("files", "quants"):
+            continue
+        rows = set()
+        for line in piece.text.split("\n"):
+            if match := _FILE_ROW.fullmatch(line.strip()):
+                path, sha256 = match.groups()
+                rows.add(path)
+                if digests.get(path) != sha256:
+                    yield f"its table of files says {shown(path)} has sha256 {sha256}, but the release does not"
+            elif piece.name == "quants" and (match := _QUANT_ROW.match(line.strip())) and match[1] not in digests:
+                yield f"its table of quants lists {shown(match[1])}, which the release does not have"
+        lost = [path for path in sorted(digests) if piece.name == "files" and _is_artifact(path) and path not in rows]
+        yield from (f"its table of files lacks {shown(path)}" for path in lost)
+
+
+def _is_artifact(path: str) -> bool:
+    """Whether a file stands in the table: not the card and its pictures, nor a name that has to be written as HTML."""
+    return path != "README.md" and "/assets/" not in f"/{path}" and "|" not in path and "`" not in path
 
 
 def by_hand_notes(card: str) -> list[str]:
