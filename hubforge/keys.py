@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hubforge import __version__, recipe
 from hubforge.errors import HubforgeError, LockError
+from hubforge.fusion import unrounded
 from hubforge.lock import resolve_locked
 from hubforge.plan import step_key
 from hubforge.publish._paths import shown
@@ -82,7 +83,7 @@ def _step_faults(read: Recipe, release: Release) -> Iterator[str]:
         if any(target not in keys for target in node.inputs.values()):
             yield f"the step {shown(name)} uses what the release does not have"
             continue
-        key, material = step_key(node, keys, pins)
+        key, material = step_key(node, keys, pins, unrounded(node, read.nodes))
         if step.key != key:
             yield f"the step {shown(name)}: {_why(node, material, step.fields)}"
         elif _told(material["fields"]) != _told(step.fields):
