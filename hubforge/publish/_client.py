@@ -7,6 +7,7 @@ long as it is open; a lock keeps two threads from having one open at once, so pu
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -40,11 +41,15 @@ def has_xet(endpoint: str) -> bool:
     return host == "huggingface.co" or host.endswith(".huggingface.co")
 
 
+_ADDRESS = re.compile(r"(https?://[^/\s]+)[^\s]*")
+
+
 class _ToReport(logging.Handler):
     """Turns the client's warnings ("Retrying in 4s") into events, so that they neither get lost nor tear a display."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _tell(record.getMessage())
+        # A signed upload address is a secret for as long as it holds, and nothing that anybody wants to read.
+        _tell(_ADDRESS.sub(r"\1", record.getMessage()))
 
 
 def _tell(text: str) -> None:

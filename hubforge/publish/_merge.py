@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from typing import Any, Literal
+from unicodedata import category
 
 from hubforge.publish._front_matter import plain_yaml, read_front_matter
 from hubforge.sections import (
@@ -299,4 +300,9 @@ def _shown(value: Mapping[str, Any]) -> str:
 def _printable(text: str) -> list[str]:
     lines = text.replace("\r\n", "\n").split("\n")
     lines = lines[:-1] if lines and not lines[-1] else lines
-    return ["".join(char if char.isprintable() or char == "\t" else "�" for char in line) for line in lines]
+    return ["".join(char if _is_shown(char) else "�" for char in line) for line in lines]
+
+
+def _is_shown(char: str) -> bool:
+    """Whether a terminal shows that character and does nothing else; spaces of other widths are among them."""
+    return char.isprintable() or char == "\t" or category(char) == "Zs"

@@ -207,7 +207,8 @@ def plan(
     changed = [file for file in present if file.path not in same]
     deleted, kept = ((), ()) if partial else _leftovers(upload, earlier, same)
     gone = {file.path for file in deleted}
-    rest = [path for path in sorted(tree) if path not in gone and path not in {file.path for file in upload.files}]
+    ours_or_gone = {file.path for file in upload.files} | gone
+    rest = [path for path in sorted(tree) if path not in ours_or_gone and path.rpartition("/")[2] not in NEVER_DELETED]
     strays = [path for path in rest if path not in kept and earlier.is_stray(path)]
     pruned = [tree[path] for path in (*strays, *kept) if path in upload.prune]
     deleted += tuple(FileDigest(file.path, file.size, file.sha256 or "") for file in pruned)
