@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubforge.publish._merge import Base, Merged, merge_cards
@@ -48,6 +48,7 @@ words = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 sane = words.filter(lambda text: not re.search(r"hubforge|^---", text) and "\r" not in text)
 
 
+@settings(deadline=None)
 @given(st.lists(sane, min_size=5, max_size=5), st.sets(st.sampled_from(NAMES[1:])), st.booleans())
 def test_what_people_write_between_the_sections_survives_every_release(
     texts: list[str], dropped: set[str], reordered: bool
@@ -69,6 +70,7 @@ def test_what_people_write_between_the_sections_survives_every_release(
         at = merged.index(text.strip(), at) + len(text.strip())
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), st.integers(0, 30), sane.filter(lambda text: bool(text.strip())))
 def test_an_edit_inside_a_section_is_a_conflict_that_both_sides_settle(name: str, at: int, text: str) -> None:
     body = OLD[name]
