@@ -28,6 +28,9 @@ class Network:
             return
         there, away = await asyncio.open_connection("127.0.0.1", self.hub)
         self.open |= {writer, away}
+        if self.down:  # cut while it was connecting
+            writer.transport.abort()
+            away.transport.abort()
         try:
             await asyncio.gather(self.carry(reader, away, counted=True), self.carry(there, writer, counted=False))
         finally:
