@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
 from hubforge.errors import PublishError
-from hubforge.op import Upload
+from hubforge.op import Upload, UploadFile
 from hubforge.publish._explain import HubError
 from hubforge.publish._merge import Base
 from hubforge.publish._remote import Remote, RemoteFile
@@ -34,16 +34,29 @@ def find_target(release: Release, repo: str, folder: str | None) -> TargetRecord
 class EarlierReleases:
     """The release files in a repository at one commit, each read once and only when it is asked for."""
 
-    def __init__(self, remote: Remote, commit: str, tree: Mapping[str, RemoteFile], upload: Upload) -> None:
+    def __init__(
+        self,
+        remote: Remote,
+        commit: str,
+        tree: Mapping[str, RemoteFile],
+        upload: Upload,
+        is_same: Callable[[UploadFile], bool],
+    ) -> None:
         self.remote, self.commit, self.tree, self.upload = remote, commit, tree, upload
+        self._ours = {file.path: file for file in upload.files if file.path.rpartition("/")[2] == FILE_NAME}
+        self._is_same = is_same
         self._read: dict[str, Release | None] = {}
         self.folders = tuple(path.rpartition("/")[0] for path in sorted(tree) if path.rpartition("/")[2] == FILE_NAME)
 
     def read(self, path: str) -> Release | None:
         """That release file; None when it is not one. Raises HubError when the Hub does not answer."""
         if path not in self._read:
+            ours = self._ours.get(path)
             try:
-                data = self.remote.read(path, self.commit, RELEASE_LIMIT)
+                if ours is not None and isinstance(ours.content, bytes) and self._is_same(ours):
+                    data = ours.content  # what is there is what we push: no need to ask for it
+                else:
+                    data = self.remote.read(path, self.commit, RELEASE_LIMIT)
                 self._read[path] = Release.model_validate_json(data)
             except HubError:
                 raise

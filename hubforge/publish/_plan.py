@@ -195,7 +195,9 @@ def plan(
             card_diff=added_card(upload),
         )
     check_visibility(upload, head, remote)
-    earlier = EarlierReleases(remote, head.commit or "", tree, upload)
+    earlier = EarlierReleases(
+        remote, head.commit or "", tree, upload, lambda file: is_same(file, tree[file.path], known)
+    )
     ours = card_of(upload)
     same_card = ours is not None and CARD in tree and is_same(ours, tree[CARD], known)
     card = merge_upload(upload, earlier, same=same_card)
