@@ -132,6 +132,8 @@ def may_publish(me: Mapping[str, Any], repo: str, *, exists: bool) -> tuple[bool
     if role != "write":
         return None, "the Hub does not tell what the token may do"
     owner = shown(str(me.get("name") or ""))
+    if me.get("anyNamespace") is True:
+        return True, "that Hub has no tokens: whoever reaches it may write"
     if namespace == me.get("name"):
         return True, "the token's role is 'write', and the namespace is its owner's"
     if namespace not in organizations:

@@ -118,3 +118,10 @@ def test_a_fine_grained_token_needs_the_scope_for_a_collection(
         else:
             with pytest.raises(PublishError, match=fault):
                 check_access(hub, ["me/a"], {"me/a": collection})
+
+
+def test_an_open_hub_takes_any_namespace(tmp_path: Path) -> None:
+    """As the demo needs it: `lab/storyteller` on the Hub of whoever runs it."""
+    with LocalHub(tmp_path / "open") as local:
+        (access,) = check_access(Hub(local.endpoint, "local"), ["anybody/model"])
+        assert access.may_write is True and "no tokens" in access.reason

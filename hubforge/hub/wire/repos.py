@@ -41,6 +41,7 @@ def whoami(request: Request) -> Response:
             "name": name,
             "fullname": name,
             "canPay": False,
+            "anyNamespace": not request.app.state.settings.tokens,  # ours alone: whoever is here may create anywhere
             "orgs": [{"type": "org", "id": org, "name": org, "roleInOrg": "write"} for org in token.orgs],
             "auth": auth,
         }
