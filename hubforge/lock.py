@@ -122,6 +122,9 @@ class hub_errors:
             return
         from huggingface_hub import errors as hub
 
+        if isinstance(error, hub.HFValidationError):
+            return  # what was asked is no name of a repository
+
         mend = "`hubforge doctor` says whether a token is set and which Hub is asked."
         if isinstance(error, hub.GatedRepoError):
             what, mend = "is gated", f"Accept its terms on the page of {self.repo}, then `hf auth login`."

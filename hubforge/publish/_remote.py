@@ -23,6 +23,7 @@ from hubforge.publish._retry import Retry
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 T = TypeVar("T")
 
@@ -40,6 +41,14 @@ class RemoteFile:
     size: int
     sha256: str | None
     oid: str
+
+
+def _listed(entry: RepoFile) -> RemoteFile:
+    """A file as the Hub lists it. TypeError when what it says of it are no words and numbers."""
+    sha256 = entry.lfs.sha256 if entry.lfs else None
+    if not (isinstance(entry.path, str) and isinstance(entry.size, int) and isinstance(sha256, str | None)):
+        raise TypeError("a file without a path, a size or a digest")
+    return RemoteFile(entry.path, entry.size, sha256, entry.blob_id)
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,7 @@ class Remote:
 
         def listed() -> dict[str, RemoteFile]:
             entries = self.api.list_repo_tree(self.repo, revision=commit, recursive=True, repo_type="model")
-            return {
-                entry.path: RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-                for entry in entries
-                if isinstance(entry, RepoFile)
-            }
+            return {entry.path: _listed(entry) for entry in entries if isinstance(entry, RepoFile)}
 
         return self.call("list the files", listed, client_retries=True)
 

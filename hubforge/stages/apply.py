@@ -111,7 +111,7 @@ class Apply(TensorOp):
             _check_kind(ctx.path(self.importance), str(self.importance), self.normalize, ctx.where)
         if self.importance is not None and self.damps_layers():
             importance = ctx.artifact(self.importance)
-            if importance.path.is_file():
+            if importance.path.is_file() and not importance.path.with_name("layer_importance.json").is_file():
                 what = f"{self.importance} is one file, and what each layer matters stands in layer_importance.json"
                 raise StepError(what, where=ctx.where, mend="Set `layer_damping: false`, or give the mask's folder.")
             layers = layer_importance(importance.read_json("layer_importance.json"), ctx.where)

@@ -79,10 +79,14 @@ def test_three_models_share_a_repository(
         assert len(rows) == number
         before = there
     assert [row.split("[")[1].split("/")[0] for row in rows] == ["ant", "mid", "zoo"]
-    # The page tells of the provenance of whoever pushed last; nothing else changes, and then nothing at all.
+    # The page tells of the provenance of whoever pushed last, and the release file of the page; then nothing changes.
     publish("ant")
     there = {file.rfilename: file.blob_id for file in api.model_info("me/masks", files_metadata=True).siblings}
-    assert {path for path in there if before.get(path) != there[path]} == {"README.md"}
+    assert {path for path in there if before.get(path) != there[path]} == {
+        "README.md",
+        "ant/hubforge.release.json",
+        "ant/SHA256SUMS",
+    }
     assert publish("ant")[0]["pushed"] == []
 
     spans = []

@@ -123,7 +123,8 @@ def test_a_dora_adapter_that_changes_nothing_gives_the_model(tiny_llama, tmp_pat
     ctx = context(m=("model", tiny_llama), a=("adapter", folder))
     run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
     for name, tensor in tensors_of(tiny_llama).items():
-        torch.testing.assert_close(tensors_of(ctx.out)[name], tensor.float(), rtol=1e-6, atol=1e-7)
+        # PEFT takes the norms in the base's bfloat16: half a unit in the last of its 8 bits.
+        torch.testing.assert_close(tensors_of(ctx.out)[name], tensor.float(), rtol=2**-8, atol=1e-7)
 
 
 def test_merged_model_computes_what_the_adapter_computes(tiny_llama, tiny_loras, context, run_op):
