@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hubforge.assemble import artifact_files
+from hubforge.assemble import artifact_files, assemble
 from hubforge.errors import HubforgeError, PublishError
 from hubforge.events import Finished, Note, Report, Started, Warned
 from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish._earlier import RELEASE_LIMIT
 from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal, journal_path
+from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._release import publish_release
 from hubforge.publish._remote import Remote, RemoteFile, Snapshot
 from hubforge.publish._sending import git_blob_oid
@@ -87,7 +88,7 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
     files += [UploadFile(path, content, len(content), hash_bytes(content)) for path, content in pages.files.items()]
     op = recipe.targets[target.name].op
     message = getattr(op, "message", None) or f"{release.name}: {recipe.path.name}"
-    return Upload(
+    bare = Upload(
         target=target.name,
         repo=target.repo,
         files=tuple(sorted(files, key=lambda file: file.path)),
@@ -95,9 +96,14 @@ def upload(runner: Runner, release: Release, pages: Pages) -> Upload:
         folder=target.folder,
         tag=target.tag,
         private=target.private,
-        collection=getattr(op, "collection", None),
-        supersedes=tuple(getattr(op, "supersedes", None) or ()),
     )
+    return _linked(bare, op)
+
+
+def _linked(bare: Upload, op: object) -> Upload:
+    """That upload with the collection and the pages that its op names, if it knows of such."""
+    supersedes = tuple(getattr(op, "supersedes", None) or ())
+    return replace(bare, collection=getattr(op, "collection", None), supersedes=supersedes)
 
 
 def uploads_so_far(runner: Runner) -> tuple[Upload, ...]:
@@ -112,7 +118,8 @@ def uploads_so_far(runner: Runner) -> tuple[Upload, ...]:
             if _is_here(runner, entry)
             for file in artifact_files(runner, entry)
         ]
-        found.append(Upload(name, op.repo, tuple(files), "", folder=op.folder, tag=op.tag, private=op.private))
+        bare = Upload(name, op.repo, tuple(files), "", folder=op.folder, tag=op.tag, private=op.private)
+        found.append(_linked(bare, op))
     return tuple(found)
 
 
@@ -267,6 +274,48 @@ def publish(
         summary = f"{pushed} file{'s' * (pushed != 1)} pushed" if pushed else "nothing to push"
         report(Finished(f"publish.{name}", monotonic() - began, f"{summary}, {receipts[name]['unchanged']} unchanged"))
     return [{"target": name, **receipts[name]} for name in targets]
+
+
+def plan_pushes(
+    runner: Runner,
+    hub: Hub,
+    report: Report,
+    *,
+    templates: Path | None = None,
+    take: Literal["ours", "theirs"] | None = None,
+    prune: bool = False,
+) -> list[PushPlan]:
+    """What `publish` would change, in the order of the recipe; sends nothing. prune: files of others go too.
+
+    Where steps are not made yet, only what does not hang on them is told.
+    """
+    require_targets(runner)
+    missing = [step.name for step in runner.plan.to_make()]
+    if missing:
+        uploads = uploads_so_far(runner)
+    else:
+        uploads = prepare(runner, assemble(runner), hub, report, templates=templates).uploads
+    journal = Journal(journal_path(runner.store.root, runner.plan.recipe.name, hub), hub)
+    coming = {one.repo for one in uploads}
+    changes = []
+    for one in uploads:
+        unknown = _unmade(runner, one.target, missing)
+        found = plan_push(replace(one, take=take), hub, report, unknown=unknown, journal=journal, coming=coming)
+        if prune and not missing and found.prunable:
+            bare = replace(found.upload, prune=frozenset(found.prunable), collection=None, supersedes=())
+            again = plan_push(bare, hub, report)
+            whole = replace(again.upload, collection=one.collection, supersedes=one.supersedes)
+            found = replace(again, upload=whole, links=found.links)
+        changes.append(found)
+    return changes
+
+
+def _unmade(runner: Runner, target: str, missing: list[str]) -> list[str]:
+    """Of the steps that are not made, those a target's files hang on; all, where only its card waits for them."""
+    plan = runner.plan
+    entries = [entry for entry in plan.recipe.targets[target].entries if entry in plan.steps]
+    needed = plan.only(entries).steps
+    return [name for name in missing if name in needed] or missing
 
 
 def require_targets(runner: Runner) -> None:

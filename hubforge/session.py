@@ -253,33 +253,9 @@ class Session:
 
         Where steps are not made yet, only what does not hang on them is told.
         """
-        from hubforge.assemble import assemble
-        from hubforge.publish._plan import plan_push
-        from hubforge.publishing import prepare, require_targets, uploads_so_far
+        from hubforge.publishing import plan_pushes
 
-        runner = self.runner(plan)
-        require_targets(runner)
-        missing = [step.name for step in plan.to_make()]
-        if missing:
-            uploads = uploads_so_far(runner)
-        else:
-            uploads = prepare(runner, assemble(runner), hub, self.report, templates=templates).uploads
-        changes = [
-            plan_push(replace(one, take=take), hub, self.report, unknown=self._unmade(plan, one.target, missing))
-            for one in uploads
-        ]
-        if prune and not missing:
-            changes = [
-                plan_push(replace(one.upload, prune=frozenset(one.prunable)), hub, self.report) if one.prunable else one
-                for one in changes
-            ]
-        return changes
-
-    def _unmade(self, plan: Plan, target: str, missing: list[str]) -> list[str]:
-        """Of the steps that are not made, those a target's files hang on; all, where only its card waits for them."""
-        entries = [entry for entry in self.recipe.targets[target].entries if entry in plan.steps]
-        needed = plan.only(entries).steps
-        return [name for name in missing if name in needed] or missing
+        return plan_pushes(self.runner(plan), hub, self.report, templates=templates, take=take, prune=prune)
 
     def path(self, step: str) -> Path:
         """The folder of an artifact; one that existed only in another's pass is made. RecipeError for another one."""

@@ -172,6 +172,14 @@ def print_push(changes: Sequence[PushPlan]) -> None:
         if change.tag is not None:
             does = {"create": "would be set", "keep": "is there", None: "cannot be known yet"}[change.tag_change]
             console.print(f"  [dim]tag[/dim] {escape(change.tag)}  [dim]{does}[/dim]")
+        if change.upload.collection is not None and change.links.collection is not None:
+            joining = {"create": "would be made, and joined", "join": "would be joined", "keep": "has it"}
+            name = escape(printable(change.upload.collection))
+            text = f"  [dim]collection[/dim] {name}  [dim]{joining[change.links.collection]}[/dim]"
+            console.print(text, soft_wrap=True)
+        for old in change.upload.supersedes:
+            does_it = f"would get new_version: {change.repo}" if old in change.links.superseded else "points here"
+            console.print(f"  [dim]supersedes[/dim] {escape(old)}  [dim]{escape(does_it)}[/dim]", soft_wrap=True)
         if change.exists and change.replaced and not change.conflicts:
             print_diff(change.card_diff)
         if change.unknown:

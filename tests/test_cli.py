@@ -168,3 +168,7 @@ def test_a_dry_run_tells_ci_by_its_exit_code_whether_anything_would_change(hubfo
     assert "    +# Better\n" in after.stdout and "\x1b" not in after.stdout
     data = json.loads(hubforge("plan", "r.yaml", "--push", "--to", "local", "--json").stdout)["push"][0]
     assert data["changes"] and "+# Better" in data["card_diff"] and data["unknown"] == []
+    (tmp_path / "r.yaml").write_text(PUSHED.replace("adapter: blend}", "adapter: blend, collection: Ours}"))
+    hubforge("run", "r.yaml")
+    joined = hubforge("publish", "r.yaml", "--to", "local", "--dry-run", "--exit-code", check=10).stdout
+    assert "  collection Ours  would be made, and joined\n" in joined

@@ -45,11 +45,23 @@ _ADDRESS = re.compile(r"(https?://[^/\s]+)[^\s]*")
 
 
 class _ToReport(logging.Handler):
-    """Turns the client's warnings ("Retrying in 4s") into events, so that they neither get lost nor tear a display."""
+    """Turns the client's warnings ("Retrying in 4s") into events, so that they neither get lost nor tear a display.
+
+    It warns of a failed request, and then of the wait before the next: the two are told as one. After its last try only
+    the first comes, which is not told: what it raises says the same.
+    """
+
+    _failed = threading.local()  # it uploads several files at a time, each in a thread
 
     def emit(self, record: logging.LogRecord) -> None:
         # A signed upload address is a secret for as long as it holds, and nothing that anybody wants to read.
-        _tell(_ADDRESS.sub(r"\1", record.getMessage()))
+        text = _ADDRESS.sub(r"\1", record.getMessage())
+        before, self._failed.text = getattr(self._failed, "text", ""), ""
+        if " thrown while requesting " in text:
+            self._failed.text = text
+            return
+        waits = text.startswith(("Retrying in ", "Rate limited. "))
+        _tell(f"{before[:200]}; {text}" if before and waits else text)
 
 
 def _tell(text: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from hubforge.errors import PublishError
 from hubforge.events import Note
-from hubforge.op import Hub
+from hubforge.op import Hub, Upload
 from hubforge.publish._explain import HubError
 from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal
@@ -24,6 +25,69 @@ _ATTEMPTS = 5
 def is_slug(collection: str) -> bool:
     """Whether that names a collection of its own, and not a title."""
     return _SLUG.fullmatch(collection) is not None
+
+
+@dataclass(frozen=True)
+class LinkPlan:
+    """What the links of one upload would change; see `plan_links`."""
+
+    collection: Literal["create", "join", "keep"] | None = None  # create: the collection too; None: it names none
+    superseded: tuple[str, ...] = ()  # repositories whose card would be given `new_version`
+
+    @property
+    def changes(self) -> bool:
+        return self.collection in ("create", "join") or bool(self.superseded)
+
+
+def plan_links(
+    upload: Upload, remote: Remote, journal: Journal, *, exists: bool, coming: Collection[str] = ()
+) -> LinkPlan:
+    """What `join_collection` and `supersede` would do for that upload, found out without writing anything.
+
+    At most two requests for the collection (more only where its owner has several pages of them) and one for each page
+    that is superseded; none for what the journal says was done. exists: whether the repository of the upload does.
+    coming: repositories of the same release, which are there by then. PublishError for what would stop the push.
+    """
+    found: Literal["create", "join", "keep"] | None = None
+    if upload.collection is not None:
+        done = journal.did("collect", upload.repo, collection=upload.collection)
+        found = "keep" if done else _joining(remote, upload.collection, exists)
+    pages = [old for old in upload.supersedes if not journal.did("supersede", old, new=upload.repo)]
+    return LinkPlan(found, tuple(old for old in pages if _is_to_be_told(old, upload.repo, remote, coming)))
+
+
+def _joining(remote: Remote, collection: str, exists: bool) -> Literal["create", "join", "keep"]:
+    doing = f"look at the collection {collection!r}"
+    if is_slug(collection):
+        items = remote.call(doing, lambda: remote.api.get_collection(collection).items)
+        inside = any(item.item_type == "model" and item.item_id == remote.repo for item in items)
+        return "keep" if inside else "join"
+    owner = remote.repo.partition("/")[0]
+
+    def is_listed(item: str | None = None) -> bool:
+        listed = remote.call(doing, lambda: list(remote.api.list_collections(owner=owner, item=item)))
+        # The owner is compared too: a filter that a Hub does not know is one that it ignores.
+        return any(one.title == collection and one.slug.partition("/")[0] == owner for one in listed)
+
+    if exists and is_listed(f"models/{remote.repo}"):
+        return "keep"
+    return "join" if is_listed() else "create"
+
+
+def _is_to_be_told(old: str, new: str, like: Remote, coming: Collection[str]) -> bool:
+    """Whether the card of `old` does not say yet that `new` is its new version."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with Remote(like.hub, old, report=like.report, step=like.step, retry=like.retry) as remote:
+        try:
+            card = _read_card(remote, "main")
+        except HubError as error:
+            if error.status != 404:
+                raise
+            if not isinstance(error.__cause__, EntryNotFoundError) and old not in coming:
+                raise _not_there(remote, "Mend the name, or take it out of the recipe.") from error
+            card = ""
+    return with_new_version(card, new) != card
 
 
 def join_collection(remote: Remote, collection: str, *, private: bool, journal: Journal) -> None:
@@ -63,11 +127,8 @@ def supersede(hub: Hub, old: str, new: str, journal: Journal, like: Remote) -> N
         for attempt in range(1, _ATTEMPTS + 1):
             head = remote.head()
             if head is None or head.commit is None:
-                raise PublishError(
-                    f"`supersedes` names {old}, which the Hub does not have, or the token may not see",
-                    where=f"{old} on {hub.endpoint}",
-                    mend="Everything else is published. Mend the name, or take it out of the recipe; then run again.",
-                )
+                mend = "Everything else is published. Mend the name, or take it out of the recipe; then run again."
+                raise _not_there(remote, mend)
             before = _card(remote, head.commit)
             after = with_new_version(before, new)
             if after == before:
@@ -85,11 +146,21 @@ def supersede(hub: Hub, old: str, new: str, journal: Journal, like: Remote) -> N
                     remote.retry.pause(error, attempt - 1)
 
 
+def _not_there(remote: Remote, mend: str) -> PublishError:
+    return PublishError(
+        f"`supersedes` names {remote.repo}, which the Hub does not have, or the token may not see",
+        where=f"{remote.repo} on {remote.hub.endpoint}",
+        mend=mend,
+    )
+
+
 def _card(remote: Remote, commit: str) -> str:
-    if "README.md" not in remote.tree(commit):
-        return ""
+    return _read_card(remote, commit) if "README.md" in remote.tree(commit) else ""
+
+
+def _read_card(remote: Remote, revision: str) -> str:
     try:
-        return remote.read("README.md", commit, _CARD_LIMIT).decode("utf-8")
+        return remote.read("README.md", revision, _CARD_LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PublishError(
             f"README.md is not UTF-8: {error}", where=f"{remote.repo} on {remote.hub.endpoint}"

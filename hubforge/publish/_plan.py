@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hubforge.errors import PublishError
@@ -11,6 +11,8 @@ from hubforge.events import Report, Warned, silent
 from hubforge.op import FileDigest, Hub, Upload, UploadFile
 from hubforge.publish._card import added_card, card_of, merge_upload, text_of
 from hubforge.publish._earlier import CARD, NEVER_DELETED, EarlierReleases, find_target, release_path
+from hubforge.publish._journal import Journal
+from hubforge.publish._links import LinkPlan, plan_links
 from hubforge.publish._merge import Conflict
 from hubforge.publish._paths import path_fault
 from hubforge.publish._preupload import ask_before
@@ -43,6 +45,7 @@ class PushPlan:
     card_diff: str = ""  # of the card as it is there to the one that would be
     conflicts: tuple[Conflict, ...] = ()
     ignored: tuple[str, ...] = ()  # what a .gitignore there would keep out; found by `plan_push` alone
+    links: LinkPlan = field(default_factory=LinkPlan)  # found by `plan_push` alone
     unknown: tuple[str, ...] = ()  # steps that are not made yet: what they give, and the card, cannot be known
 
     @property
@@ -68,7 +71,8 @@ class PushPlan:
     @property
     def changes(self) -> bool:
         """Whether a push would change anything at all, or whether that cannot be known yet."""
-        return self.changes_files or not self.exists or self.tag_change == "create" or bool(self.unknown)
+        joins = self.tag_change == "create" or self.links.changes
+        return self.changes_files or not self.exists or joins or bool(self.unknown)
 
     @property
     def pruned(self) -> tuple[str, ...]:
@@ -127,25 +131,40 @@ class PushPlan:
             "ignored": list(self.ignored),
             "tag": self.tag,
             "tag_change": self.tag_change,
+            "collection": self.upload.collection,
+            "collection_change": self.links.collection,
+            "supersedes": list(self.upload.supersedes),
+            "superseded": list(self.links.superseded),
             "card_diff": self.card_diff,
             "conflicts": [{"what": one.what, "how": one.how, "diff": one.diff} for one in self.conflicts],
             "unknown": list(self.unknown),
         }
 
 
-def plan_push(upload: Upload, hub: Hub, report: Report = silent, *, unknown: Sequence[str] = ()) -> PushPlan:
-    """What `push` would do with that upload now. Sends no file; reads the tree, and the card and the earlier release
-    where they differ.
+def plan_push(
+    upload: Upload,
+    hub: Hub,
+    report: Report = silent,
+    *,
+    unknown: Sequence[str] = (),
+    journal: Journal | None = None,
+    coming: Collection[str] = (),
+) -> PushPlan:
+    """What `push` would do with that upload now, and then the links. Sends no file; reads the tree, and the card and
+    the earlier release where they differ; and the collection and the pages that the upload names.
 
     unknown: steps that are not made yet; what the upload lacks for that is then no reason to delete anything.
+    journal: what earlier publishes did, which is only read. coming: see `plan_links`.
     PublishError for what would stop the push: a tag that marks another commit, a public repository that the recipe
-    calls private, a local file that is not what was made, front matter that the Hub refuses. A card in conflict is
-    told by `refusal`.
+    calls private, a local file that is not what was made, front matter that the Hub refuses, a collection or a page
+    that is not there. A card in conflict is told by `refusal`.
     """
     check_files(upload)
     with Remote(hub, upload.repo, report=report, step=f"publish.{upload.target}") as remote:
         found = plan(upload, remote, stop_at_conflicts=False, partial=bool(unknown))
-        return preview(replace(found, unknown=tuple(unknown)), remote)
+        found = preview(replace(found, unknown=tuple(unknown)), remote)
+        links = plan_links(upload, remote, journal or Journal(None, hub), exists=found.exists, coming=coming)
+        return replace(found, links=links)
 
 
 def preview(found: PushPlan, remote: Remote) -> PushPlan:

@@ -16,6 +16,7 @@ from hubforge.hub import HubSettings, LocalHub, set_scan
 from hubforge.op import Hub, Upload
 from hubforge.publish._journal import Journal
 from hubforge.publish._links import with_new_version
+from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._release import publish_release
 from hubforge.publish._remote import Remote
 from hubforge.publishing import siblings
@@ -395,6 +396,52 @@ def test_the_links_are_made_once_all_is_public(
     assert first_link > last_opened
     publish_release(release, hub, silent, Journal(None, hub))  # another machine: looks, and finds it done
     assert len(titles(hub, "me/old")) == 3
+
+
+def links(found: PushPlan) -> tuple[str | None, list[str], bool]:
+    data = found.as_json()
+    return data["collection_change"], data["superseded"], data["changes"]
+
+
+@pytest.mark.parametrize("by", ["title", "slug"])
+def test_a_plan_shows_the_links_that_the_push_would_make(
+    hub: Hub, two: Callable[..., list[Upload]], journal: Callable[[], Journal], sent: Requests, by: str
+) -> None:
+    old = api(hub)
+    for name in ("me/old", "me/bare"):
+        old.create_repo(name)
+    old.upload_file(path_or_fileobj=b"# Old\n", path_in_repo="README.md", repo_id="me/old")
+    publish_release(two(1), hub, silent, journal())
+    slug = old.create_collection("Ours").slug if by == "slug" else "Ours"
+    one, other = (replace(upload, collection=slug) for upload in two(1))
+    one = replace(one, supersedes=("me/old", "me/bare"))
+
+    def planned(upload: Upload, journal: Journal | None = None) -> PushPlan:
+        sent.clear()
+        return plan_push(upload, hub, journal=journal)
+
+    planned(two(1)[0])
+    plain = len(sent)
+    found = planned(one, journal())
+    assert links(found) == ("create" if by == "title" else "join", ["me/old", "me/bare"], True)
+    assert not found.changes_files and len(sent) == plain + {"title": 2, "slug": 1}[by] + 2
+    assert all(line.startswith("GET ") for line in sent)
+    assert len(list(old.list_collections(owner="me"))) == (by == "slug")
+
+    publish_release([one], hub, silent, journal())
+    assert links(planned(one, journal())) == ("keep", [], False) and len(sent) == plain  # as the journal says
+    assert links(planned(one)) == ("keep", [], False)  # as another machine sees it
+    assert links(planned(other, journal())) == ("join", [], True)
+    assert links(planned(replace(other, repo="me/new"))) == ("join", [], True)
+
+
+def test_a_plan_names_links_that_cannot_be_made(hub: Hub, two: Callable[..., list[Upload]]) -> None:
+    one = replace(two(1)[0], supersedes=("me/gone",))
+    with pytest.raises(PublishError, match="`supersedes` names me/gone, which the Hub does not have"):
+        plan_push(one, hub)
+    assert plan_push(one, hub, coming=("me/gone",)).links.superseded == ("me/gone",)  # of the same release
+    with pytest.raises(PublishError, match=r"cannot look at the collection 'me/x-0{24}': the Hub does not have it"):
+        plan_push(replace(two(1)[0], collection="me/x-" + "0" * 24), hub)
 
 
 @pytest.mark.parametrize(
