@@ -95,8 +95,9 @@ def _model(path: Path) -> dict[str, Any]:
     from hubforge.tensors.reader import open_checkpoint
 
     config = _json(path / "config.json")
+    architectures = config.get("architectures")
     facts: dict[str, Any] = {
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": config.get("model_type"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
     }

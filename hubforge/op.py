@@ -116,7 +116,7 @@ class Artifact:
         folder = self.path.parent if self.path.is_file() else self.path
         try:
             return json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StepError(f"{name} of {self.name!r} cannot be read: {error}", where=str(self.path)) from error
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FORMATS = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".txt")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # As ShareGPT files say it.
+_BLANK = 1_000_000  # a few kilobytes of gzip can hold lines for hours
 _REST = "\0"  # Where csv puts the fields of a line that has more of them than the header.
 _ANSWERS = ("completion", "response", "output", "answer")
 
@@ -152,12 +153,17 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             elif suffix == ".json":
                 yield from _read_json(json.load(file), path)
             else:
+                blank = 0
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _record(json.loads(line), f"{path}:{number}")
+                    elif (blank := blank + 1) > _BLANK:
+                        raise SourceError(f"more than {_BLANK:,} lines are empty", where=str(path))
     except json.JSONDecodeError as error:
         line = f"line {number}: " if suffix in (".jsonl", ".ndjson") else ""
         raise SourceError(f"{line}not JSON: {error}", where=str(path)) from error
+    except RecursionError as error:
+        raise SourceError("its JSON is nested too deep", where=str(path)) from error
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise SourceError(f"the file cannot be read: {error}", where=str(path)) from error
 

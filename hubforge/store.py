@@ -214,7 +214,8 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old file or the new one, never a torn one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    # A lone surrogate, which somebody's file may hold, becomes its JSON escape; UTF-8 has no bytes for it.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(value, stream, indent=1, ensure_ascii=False)
         stream.write("\n")
         stream.flush()

@@ -140,3 +140,15 @@ def test_wrong_rows_are_named(tiny_llama: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(SourceError, match=r"no chat template\n  Set `chat_template: false`"):
         texts([{"prompt": "Hi"}], tokenizer, chat_template=True)
+
+
+def test_lines_without_end_and_json_without_bottom_are_refused(tmp_path):
+    import gzip
+
+    endless, deep = tmp_path / "a.jsonl.gz", tmp_path / "b.json"
+    endless.write_bytes(gzip.compress(b"\n" * 1_100_000, 1))
+    deep.write_text("[" * 100_000)
+    with pytest.raises(SourceError, match="more than 1,000,000 lines are empty"):
+        rows(endless)
+    with pytest.raises(SourceError, match="nested too deep"):
+        rows(deep)

@@ -50,7 +50,9 @@ def read_tokens(folder: Path, name: str) -> Tokens:
     data = read_json(file)
     model = data.get("model") if isinstance(data, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, list) and all(isinstance(entry, list) and entry for entry in vocab):  # Unigram
+    if isinstance(vocab, list) and all(
+        isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocab
+    ):  # Unigram
         ids = {entry[0]: number for number, entry in enumerate(vocab)}
     elif isinstance(vocab, dict):
         ids = dict(vocab)

@@ -35,6 +35,9 @@ def main() -> int:
                 found.append(verdict)
                 if verdict.faults:
                     broken[f"{kind}:{one}"] = verdict.faults
+                    print(
+                        f"{kind}:{one}: {verdict.faults[0].strip().splitlines()[-1][:200]}", file=sys.stderr, flush=True
+                    )
                 if number:
                     print(verdict.refused or "taken")
             bad, refused = sum(bool(v.faults) for v in found), sum(bool(v.refused) for v in found)

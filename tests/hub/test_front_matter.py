@@ -87,3 +87,9 @@ def test_the_client_hears_errors_and_warnings(local_hub: LocalHub, monkeypatch: 
     assert answer.json()["errors"] == [{"message": '"tags" must be a string or a list of strings'}]
     with pytest.raises(ValueError, match="must be a string"):
         ModelCard(card("tags: x\npipeline_tag: 3")).validate()
+
+
+def test_merge_keys_are_refused_before_they_multiply():
+    lines = ["m0: &m0 {a: 1}", *(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}], b{n}: 1}}" for n in range(1, 40))]
+    errors, _ = check_front_matter("---\n" + "\n".join(lines) + "\n---\n")
+    assert "merge keys" in errors[0]

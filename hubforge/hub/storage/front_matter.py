@@ -45,7 +45,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.tag == "tag:yaml.org,2002:merge":
+                # A dozen lines of them, each naming the one before twice, take hours to flatten.
+                raise BadFrontMatter(f"merge keys (<<) are not taken ({key.start_mark.line + 2})")
+            if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise BadFrontMatter(f"duplicated mapping key {key.value!r} ({key.start_mark.line + 2})")
                 seen.add(key.value)
