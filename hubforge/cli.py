@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hubforge import __version__
 from hubforge.cli_hub import hub_app
+from hubforge.cli_output import JsonFlag, colour, emit
+from hubforge.cli_published import reproduce, verify
 from hubforge.cli_push import ExitCodeFlag, PruneFlag, TakeOption, confirm_pruning, end_push_plan, side
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ app.add_typer(hub_app, name="hub")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Steps = Annotated[list[str] | None, typer.Argument(help="Only these steps and what they need.", metavar="[STEP]...")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -63,10 +62,6 @@ def session(ctx: typer.Context, recipe: Path, *, as_json: bool = False) -> Sessi
     from hubforge.session import Session
 
     return Session.open(recipe, as_json=as_json, **ctx.obj)
-
-
-def emit(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @app.command(epilog="Example: hubforge init two-stage recipes/poet.yaml")
@@ -262,61 +257,10 @@ def publish(
             typer.echo("`hubforge hub serve` shows these pages again.")
 
 
-@app.command(epilog="Examples: hubforge verify me/my-model · hubforge verify me/my-model@v1.0 --deep")
-def verify(
-    ctx: typer.Context,
-    repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
-    folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Download every file and hash it; always done on this machine.")
-    ] = False,
-    to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Compare a published repository, byte for byte, with the release file in it."""
-    from hubforge import show
-    from hubforge.places import open_hub
-    from hubforge.session import Session
-    from hubforge.verify import verify as verify_repo
-
-    name, _, revision = repo.partition("@")
-    reporter = Session.reporter(as_json=as_json, quiet=ctx.obj["quiet"])
-    with open_hub(to) as hub, reporter:
-        found = verify_repo(name, hub, revision=revision or None, folder=folder, deep=deep or None, report=reporter)
-    emit(show.verified_data(found)) if as_json else show.print_verified(found)
-
-
-@app.command(epilog="Example: hubforge reproduce me/my-model@v1.0 --into again --source prose=./out/prose-r64")
-def reproduce(
-    ctx: typer.Context,
-    repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
-    into: Annotated[Path, typer.Option(help="Folder for the recipe, the lock and what is made.")] = Path("reproduced"),
-    source: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a source that was local.")] = None,
-    folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Repeat the evals too.")] = False,
-    to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Make a published model again from its own page, and compare every byte."""
-    from hubforge import reproduce as again
-    from hubforge import show
-    from hubforge.places import open_hub
-    from hubforge.session import Session
-
-    name, _, revision = repo.partition("@")
-    reporter = Session.reporter(as_json=as_json, quiet=ctx.obj["quiet"])
-    with open_hub(to) as hub, reporter:
-        release = again.fetch_release(name, hub, revision=revision or None, folder=folder, report=reporter)
-    recipe = again.write_recipe(release, into, again.read_sources(source or []))
-    ctx.obj["store"] = ctx.obj["store"] or into / ".hubforge"
-    here = session(ctx, recipe, as_json=as_json)
-    with here:
-        compared = again.reproduce(here, release, everything=everything)
-    if as_json:
-        emit([vars(one) for one in compared])
-    else:
-        show.print_compared(compared)
-    again.check(compared)
+app.command(epilog="Examples: hubforge verify me/my-model · hubforge verify me/my-model@v1.0 --deep")(verify)
+app.command(epilog="Example: hubforge reproduce me/my-model@v1.0 --into again --source prose=./out/prose-r64")(
+    reproduce
+)
 
 
 @app.command(epilog="Examples: hubforge ops · hubforge ops ties · hubforge ops --json")
@@ -415,12 +359,6 @@ def main() -> None:
             "  Please report it with the output of the same command and --debug.\n"
         )
         sys.exit(1)
-
-
-def colour(text: str, code: int) -> str:
-    """Text in an ANSI colour on a terminal that wants it; plain in a pipe, and where NO_COLOR is set."""
-    wanted = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    return f"\033[{code}m{text}\033[0m" if wanted else text
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import hubforge
 
 ROOT = Path(hubforge.__file__).parent
 LAYERS = {
-    "cli": 6, "cli_hub": 6, "cli_push": 6, "__main__": 6,
+    "cli": 6, "cli_hub": 6, "cli_output": 6, "cli_published": 6, "cli_push": 6, "__main__": 6,
     "session": 5, "run": 5, "assemble": 5, "publishing": 5, "verify": 5, "show": 5, "diagnosis": 5, "starters": 5,
     "reproduce": 5, "keys": 5, "places": 5, "garbage": 5, "mergekit": 5,
     "recipe": 4, "fusion": 4, "plan": 4, "store": 4, "catalog": 4, "manual": 4, "facts": 4, "cards": 4,
