@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ BYTES = 1 << 30
 
 _WRITES = {"os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.symlink": (1,),
            "os.link": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,), "shutil.rmtree": (0,)}  # fmt: skip
+_TORCH_CACHE = Path(tempfile.gettempdir()).resolve() / f"torchinductor_{getpass.getuser()}"  # made by importing torch
 _TIMERS = ((signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, HANG))
 _OURS = ("git", "nvidia-smi")  # what hubforge itself asks of the machine
 _CODE = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "os.fork")
@@ -86,7 +89,7 @@ def judge(attack: Callable[[], None], folder: Path, more: tuple[Path, ...] = ())
     """Run one attack, which may write under `folder` only, and say what it did."""
     faults: list[str] = []
     refused = None
-    _watch.allowed = (*(path.resolve() for path in (folder, *more)), Path("/dev"))
+    _watch.allowed = (*(path.resolve() for path in (folder, *more)), Path("/dev"), _TORCH_CACHE)
     _watch.outside, _watch.ran = [], []
     before = _reset_peak()
     began = time.process_time()
