@@ -281,3 +281,17 @@ def test_gitignore_leaves_files_out(api: HfApi, repo: str, tmp_path: Path):
 def test_an_upload_that_went_through_xet_by_mistake_is_told_so(local_hub: LocalHub, api: HfApi, repo: str):
     answer = get_session().get(f"{local_hub.endpoint}/api/models/{repo}/xet-write-token/main")
     assert answer.status_code == 404 and "HF_HUB_DISABLE_XET=1" in answer.headers["X-Error-Message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/api/collections", {"title": "x", "namespace": ["me"] * 50}, 400),
+        ("/{repo}.git/info/lfs/objects/batch", {"operation": "upload", "transfers": 3, "objects": [{"size": 3}]}, 200),
+    ],
+    ids=["a message cut at a space", "transfers that are a number"],
+)
+def test_a_rude_request_is_answered(local_hub: LocalHub, repo: str, path: str, body: dict[str, object], status: int):
+    address = local_hub.endpoint + path.format(repo=repo)
+    answer = get_session().post(address, json=body, headers={"Authorization": "Bearer local"})
+    assert answer.status_code == status

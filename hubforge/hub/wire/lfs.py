@@ -35,7 +35,8 @@ def batch(request: Request, data: dict[str, Any]) -> Response:
     objects = data.get("objects")
     if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
         raise Refusal(400, "'objects' must be a list")
-    multipart = "multipart" in (data.get("transfers") or ())
+    transfers = data.get("transfers")
+    multipart = isinstance(transfers, list) and "multipart" in transfers
     settings = request.app.state.settings
     transfer = "basic"
     shown = []

@@ -163,7 +163,7 @@ def refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     # A header holds one line of printable ASCII; the whole sentence is in the body.
     line = "".join(letter if " " <= letter <= "~" else "?" for letter in " ".join(error.message.split())[:400])
-    headers = {**error.headers, "X-Error-Message": line}
+    headers = {**error.headers, "X-Error-Message": line.strip()}  # A space at its end is no header.
     if error.code:
         headers["X-Error-Code"] = error.code
     if error.status == 401:
