@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Linear(Merge):
     """The weighted mean of models of one architecture: a model soup."""
 
+    version: ClassVar[int] = 2  # The sum is divided, not each weight.
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "Σ wᵢ · Wᵢ / Σ wᵢ"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
@@ -43,9 +44,12 @@ class Linear(Merge):
         total = math.fsum(weight for _, weight in held)
         if self.normalize and total == 0:
             raise StepError(f"the weights of the models that have {at.name} sum to 0")
-        (first, weight), *rest = held
+        # The sum is divided, as in mergekit: dividing each weight would round otherwise where a mean of bfloat16
+        # numbers lies half-way between two others. By a power of 2, or for a single weight, dividing weights is exact.
         divisor = total if self.normalize else 1.0
-        merged = first * (weight / divisor)
+        exact = abs(math.frexp(divisor)[0]) == 0.5 or sum(weight != 0 for _, weight in held) == 1
+        (first, weight), *rest = [(tensor, weight / divisor if exact else weight) for tensor, weight in held]
+        merged = first * weight
         for tensor, weight in rest:
-            merged.add_(tensor, alpha=weight / divisor)
-        return merged
+            merged.add_(tensor, alpha=weight)
+        return merged if exact else merged.div_(divisor)

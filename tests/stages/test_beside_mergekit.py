@@ -60,6 +60,12 @@ def test_the_numbers_are_mergekits(case, number, merge):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mean_has_mergekits_bits(merge):
+    w = {ref: torch.tensor(tensors[0]) for ref, tensors in GOLDEN["inputs"].items()}
+    for case in ("linear", "linear sum"):
+        assert torch.equal(merge(op_of(case), w), torch.tensor(GOLDEN["merged"][case][0]))
+
+
 def test_no_method_of_mergekit_is_left_out():
     compared = {case.split()[0] for case in CASES}
     assert compared | OTHERWISE == set(GOLDEN["methods"])

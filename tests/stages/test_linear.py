@@ -20,6 +20,15 @@ def test_weighted_mean():
     assert mean(tensors, weights=[3.0, 1.0], normalize=False).tolist() == [8.0, 6.0]
 
 
+def test_the_sum_is_divided_and_not_the_weights():
+    assert mean({"a": [4.0], "b": [10.0], "c": [1.0]}).tolist() == [5.0]  # By thirds in float32: 5.0000005.
+
+
+def test_a_single_weight_keeps_the_models_bits():
+    values = torch.linspace(0.1, 0.9, 100).tolist()
+    assert mean({"a": values, "b": values[::-1]}, weights=[0.7, 0.0]).tolist() == torch.tensor(values).tolist()
+
+
 def test_agrees_with_float64_rounded_once(tiny_llama, tiny_llama_other, context, run_op, tensors_of):
     ctx = context(a=("model", tiny_llama), b=("model", tiny_llama_other))
     run_op(Linear(models=["a", "b"], weights=[1.0, 3.0]), ctx)
