@@ -3,12 +3,14 @@
 usage: mergekit_golden.py JSON    (in a virtual environment of its own that has mergekit==0.1.5)
 
 Models of one layer, float32 throughout; of their tensors one matrix and one vector are written down, of the inputs and
-of every result, so that the test beside it needs no mergekit.
+of every result, so that the test beside it needs no mergekit. The same for `chat_template`: what models with templates
+in the files of today and of yesterday get by it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +21,9 @@ from mergekit.merge import run_merge
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 KEPT = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"]
 DRAWING = {"dare_linear", "dare_ties", "della", "della_linear"}
@@ -59,6 +63,22 @@ CASES = {
     "passthrough": {"models": 1, "all": {"scale": 0.5}},
 }
 
+TEXT = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+OLD = [{"name": "default", "template": f"  {TEXT}\n"}, {"name": "tool_use", "template": "{{ tools }}"}]
+# By model, the files that hold its template: of its own; the same text twice, with other space around it; none.
+TEMPLATES = {
+    "base": {"chat_template.jinja": "{{ messages[0]['content'] }}"},
+    "a": {"chat_template.jinja": f"{TEXT}\n\n"},
+    "b": {"tokenizer_config.json": OLD},
+    "c": {},
+}
+ASKED = {
+    "auto": {"models": ["base", "a", "b", "c"], "chat_template": "auto"},
+    "auto of one": {"models": ["c", "a"], "chat_template": "auto"},
+    "auto of none": {"models": ["c", "d"], "chat_template": "auto"},
+    "text": {"models": ["b", "a"], "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}\n\n"},
+}
+
 
 def make(folder: Path) -> None:
     """A base and fine-tunes a, b, c of growing changes, each of which leaves part of the base as it was."""
@@ -95,6 +115,32 @@ def merged(folder: Path, method: str, case: dict[str, object]) -> dict[str, torc
     return load_file(out / "model.safetensors")
 
 
+def add_tokenizers(folder: Path) -> None:
+    """A word of a vocabulary for each model, and its template where TEMPLATES has it. d is c once more."""
+    shutil.copytree(folder / "c", folder / "d")
+    for name in ("base", "a", "b", "c", "d"):
+        Tokenizer(WordLevel({"<unk>": 0, "word": 1}, "<unk>")).save(str(folder / name / "tokenizer.json"))
+        files = dict(TEMPLATES.get(name, {}))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<unk>"}
+        config |= {"chat_template": held} if (held := files.pop("tokenizer_config.json", None)) else {}
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config))
+        for file, text in files.items():
+            (folder / name / file).write_text(text)
+
+
+def templated(folder: Path, case: dict[str, object]) -> str | None:
+    """The template that Transformers finds in what mergekit wrote."""
+    config = {
+        "merge_method": "linear",
+        "models": [{"model": str(folder / name), "parameters": {"weight": 1}} for name in case["models"]],
+        "chat_template": case["chat_template"],
+    }
+    out = folder / "templated"
+    shutil.rmtree(out, ignore_errors=True)
+    run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
+    return AutoTokenizer.from_pretrained(out).chat_template
+
+
 def main() -> None:
     methods = {method.spec.name for method in registered_methods()}
     covered = {name.split()[0] for name in CASES} | DRAWING
@@ -108,7 +154,10 @@ def main() -> None:
 
         inputs = {name: numbers(load_file(folder / name / "model.safetensors")) for name in ("base", "a", "b", "c")}
         found = {name: numbers(merged(folder, name.split()[0], case)) for name, case in CASES.items()}
+        add_tokenizers(folder)
+        templates = {name: case | {"found": templated(folder, case)} for name, case in ASKED.items()}
     written = {"mergekit": "0.1.5", "methods": sorted(methods), "tensors": KEPT, "inputs": inputs, "merged": found}
+    written |= {"template_files": TEMPLATES, "templates": templates}
     Path(sys.argv[1]).write_text(json.dumps(written, separators=(",", ":")) + "\n")
 
 

@@ -8,14 +8,15 @@ worth keeping (JSON), and touches nothing else.
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic import Field as PydanticField
 from pydantic_core import core_schema
 
@@ -236,6 +237,28 @@ class Op(BaseModel):
         raise NotImplementedError(type(self).__name__)
 
 
+def _template(text: str) -> str:
+    """A chat template, or "auto"; ValueError where it cannot be one, with the line of what Jinja does not take."""
+    import jinja2
+
+    if text != "auto" and "{" not in text:
+        raise ValueError(f"{text[:40]!r} is no template: give `auto`, or the text of one in Jinja")
+    # Transformers' own tag, which marks what the assistant says.
+    plain = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{#\1 \2#}", text)
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"is no template that Jinja reads: {error.message} (line {error.lineno} of it)") from error
+    return text
+
+
+ChatTemplate = Annotated[str, AfterValidator(_template)]
+CHAT_TEMPLATE = (
+    "The chat template of the output: `auto` (the one that most of the models have; of several the first), or the text "
+    "of one in Jinja. By default the one beside the tokenizer stays."
+)
+
+
 @dataclass(frozen=True)
 class Place:
     """Which rows of which tensor a TensorOp is asked for, and what is known beyond them."""
@@ -289,6 +312,7 @@ class TensorOp(Op):
         description="Leave out the vision and audio towers of a multimodal Gemma 3 or 4: the output is its text "
         "decoder alone, with the same logits for text.",
     )
+    chat_template: ChatTemplate | None = PydanticField(None, description=CHAT_TEMPLATE)
     max_shard_size: float = PydanticField(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
     @property

@@ -1,5 +1,6 @@
 """Configurations of mergekit as recipes: what each becomes, that it loads and runs, and what is said to be lost."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -304,16 +305,33 @@ dtype: float64
 """
     losses = imported(text, tmp_path)[2]
     assert [loss.partition(":")[0] for loss in losses] == [
-        "chat_template",
         "dtype float64",
         "parameter colour",
         "rescale",
+        "chat_template chatml",
     ]
+
+
+@pytest.mark.parametrize("template", ["auto", "{{ bos_token }}\n{% for m in messages %}\"'{{ m }}\n\n{% endfor %}"])
+def test_a_chat_template_is_carried_over(template, tmp_path):
+    text = f"merge_method: ties\n{MODELS}]\nchat_template: {json.dumps(template)}\n"
+    _, stages, losses = imported(text, tmp_path)
+    assert stages["merged"]["chat_template"] == template and losses == []
+
+
+def test_a_chat_template_of_stacked_layers(tmp_path):
+    one = "{sources: [{model: o/a, layer_range: [0, 4]}]}"
+    two = "{sources: [{model: o/a, layer_range: [4, 8]}, {model: o/b, layer_range: [4, 8]}]}"
+    text = f"merge_method: linear\nslices: [{one}, {two}]\nparameters: {{weight: 1}}\nchat_template: auto\n"
+    _, stages, losses = imported(text, tmp_path)
+    assert stages["merged"]["chat_template"] == "auto" and "chat_template" not in stages["merged-2"]
+    assert [loss.partition(":")[0] for loss in losses] == ["chat_template auto"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("merge_method: linear\nmodels: [{model: a/a}]\nchat_template: vicuna\n", "chat_template is 'vicuna'"),
         ("models: []\n", "has no merge_method"),
         ("merge_method: frankenstein\nmodels: [{model: a/a}]\n", "merge_method is 'frankenstein'"),
         ("merge_method: ties\nmodels: [{model: a/a}]\n", "ties needs a base_model"),

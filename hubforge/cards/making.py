@@ -15,6 +15,7 @@ from hubforge.cards.training import leak, loss_path, loss_picture
 from hubforge.release import StepRecord
 
 Row = dict[str, str]
+_LONGEST = 120  # letters of a text that a table shows: a chat template may be pages long
 _SECTIONS = ("masks", "adapters", "stages", "quantize")
 
 
@@ -112,6 +113,8 @@ def _value(lineage: Lineage, step: StepRecord, value: Any) -> str:
     if isinstance(value, str) and value in step.inputs:
         source = lineage.release.source(step.inputs[value])
         return f"{code(value)} ({source_link(source)})" if source and source.repo else code(value)
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return f"{code(value[:_LONGEST])} … ({count(len(value))} letters; the recipe has all)"
     return show_field(value)
 
 

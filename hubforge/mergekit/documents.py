@@ -33,6 +33,7 @@ _KEYS = {
     ),
     *("chat_template", "parameters", "name", "out_path"),
 }
+_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # of which mergekit has a text of its own
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
@@ -121,7 +122,7 @@ class _Import:
         else:
             raise self.refuse("has neither models nor slices")
         self._open.pop()
-        return self.add(label, fields)
+        return self.add(label, fields | self.template(document, fields))
 
     def add(self, label: str, fields: Data) -> str:
         name = self.free(label)
@@ -131,12 +132,27 @@ class _Import:
 
     def around(self, document: Data) -> None:
         """What stands beside the models and the method, and is not carried over."""
-        if document.get("chat_template"):
-            self.losses.tell("chat_template: that of the tokenizer's model stays")
         if (method := document["merge_method"]) in _RANDOM:
             self.losses.tell(f"the random choice of {method}: as many elements are kept, but not the same")
         for key in sorted(document.keys() - _KEYS):
             self.losses.tell(f"{key}: mergekit itself does not know it")
+
+    def template(self, document: Data, fields: Data) -> Data:
+        """The chat template, as a field of the document's stage."""
+        template = document.get("chat_template")
+        if not template:
+            return {}
+        if template in _TEMPLATES:
+            mend = "write the text you want as `chat_template`, or `auto`"
+            self.losses.tell(f"chat_template {template}: a text of mergekit's, which is not in hubforge; {mend}")
+            return {}
+        if template == "auto":
+            if any(part["model"] in self.stages for part in fields.get("slices", ())):
+                self.losses.tell("chat_template auto: a slice that merges counts once, with its first model's template")
+        elif len(template) < 20 or "{" not in template:
+            known = ", ".join(("auto", *_TEMPLATES))
+            raise self.refuse(f"chat_template is {template!r}", mend=f"It is a template's text, or one of: {known}.")
+        return {"chat_template": template}
 
     def dtype(self, document: Data) -> Data:
         """The output's element type, as a field."""

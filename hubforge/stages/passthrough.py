@@ -7,13 +7,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hubforge.errors import StepError
-from hubforge.op import Context, Kind, Metrics, ModelRef, Op
+from hubforge.op import CHAT_TEMPLATE, ChatTemplate, Context, Kind, Metrics, ModelRef, Op
 from hubforge.tensors import dtypes
+from hubforge.tensors.chat_template import most_common, template_of
 from hubforge.tensors.layout import GB, lay_out
 from hubforge.tensors.names import Aliases, canonical, layer_of
 from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint
@@ -73,6 +75,7 @@ class Passthrough(Op):
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Element type of the output; by default each tensor keeps its own."
     )
+    chat_template: ChatTemplate | None = Field(None, description=CHAT_TEMPLATE)
     max_shard_size: float = Field(5.0, gt=0, description="Largest size of one output file, in GB (10^9 bytes).")
 
     def run(self, ctx: Context) -> Metrics:
@@ -99,7 +102,11 @@ class Passthrough(Op):
                 if places[source.name].key not in writer.finished:
                     source.write(writer, places[source.name])
             folder = ctx.path(self.slices[0].model)
-            copy_side_files(folder, ctx.out, lambda _: set_dtype(config, self.dtype) if self.dtype else config)
+            template = self.chat_template
+            if template == "auto":
+                template = most_common(template_of(ctx.path(ref)) for ref in models)
+            edit = partial(set_dtype, dtype=self.dtype) if self.dtype else dict
+            copy_side_files(folder, ctx.out, lambda _: edit(config), template=template)
             ctx.sha256.update(writer.complete())
         return {
             "parameters": sum(p.info.elements for p in pieces),

@@ -18,6 +18,7 @@ from hubforge.errors import StepError
 from hubforge.op import Context, Metrics, TensorOp
 from hubforge.tensors import dtypes, targets
 from hubforge.tensors.chain import Computed, Link, fused_steps, open_chain, ops_from_base
+from hubforge.tensors.chat_template import chosen_template
 from hubforge.tensors.desk import Desk, Kept
 from hubforge.tensors.inputs import Opened, Weights, started_from
 from hubforge.tensors.layout import Layout
@@ -69,6 +70,7 @@ def run_tensor_op(
             lambda config: _edit(ops, link, config),
             lambda file: all(keeps(each, file) for each in ops),
             link.inputs.vocabulary,
+            chosen_template(op, ctx),
         )
         ctx.sha256.update(writer.complete())
         for inner in fused_steps(ctx):

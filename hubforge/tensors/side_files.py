@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hubforge.errors import SourceError
+from hubforge.tensors.chat_template import FILE as TEMPLATE
 from hubforge.tensors.reader import read_json
 from hubforge.tensors.tokens import SUPERSEDED
 from hubforge.tensors.vocabulary import Vocabulary
@@ -63,12 +64,13 @@ def copy_side_files(
     edit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config,
     keeps: Callable[[str], bool] = lambda file: True,
     vocabulary: Vocabulary | None = None,
+    template: str | None = None,
 ) -> list[str]:
     """Copy what belongs to the model beside its weights from folder to folder; the names copied.
 
     edit: changes config.json; when it changes nothing, the file is copied byte for byte. keeps: whether a file goes
-    along. vocabulary: whose tokenizer the output has, if not simply the source's. README files, training leftovers,
-    pickles and code are left behind.
+    along. vocabulary: whose tokenizer the output has, if not simply the source's. template: the chat template, in place
+    of all that are there. README files, training leftovers, pickles and code are left behind.
     """
     check_side_files(source)
     lender = vocabulary.tokens.file.parent if vocabulary else source
@@ -79,14 +81,18 @@ def copy_side_files(
             name = path.relative_to(folder).as_posix()
             if not path.is_file() or not pattern.fullmatch(name) or not keeps(name):
                 continue
-            if vocabulary and vocabulary.changed and _is_superseded(name):
+            if (vocabulary and vocabulary.changed and _is_superseded(name)) or (template and "chat_template" in name):
                 continue
             copied.append(name)
-            if vocabulary and name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-                _write_json(path, out, partial(_of_vocabulary, vocabulary=vocabulary, name=name))
+            edited = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+            if (vocabulary or template) and name in edited:
+                _write_json(path, out, partial(_of_output, name=name, vocabulary=vocabulary, template=template))
             else:
                 (out / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, out / name)
+    if template:
+        write_whole(out / TEMPLATE, template.encode("utf-8"))
+        copied.append(TEMPLATE)
     return copied
 
 
@@ -100,8 +106,16 @@ def _write_json(path: Path, out: Path, edit: Callable[[dict[str, Any]], dict[str
     write_whole(out / path.name, path.read_bytes() if after == before else content)
 
 
+def _of_output(
+    data: dict[str, Any], *, name: str, vocabulary: Vocabulary | None, template: str | None
+) -> dict[str, Any]:
+    """A file of the tokenizer, or generation_config.json, as the output's tokens and its chat template want it."""
+    if template and name == "tokenizer_config.json" and "chat_template" in data:
+        data["chat_template"] = template  # Readers that do not know chat_template.jinja look here.
+    return data if vocabulary is None else _of_vocabulary(data, vocabulary, name)
+
+
 def _of_vocabulary(data: dict[str, Any], vocabulary: Vocabulary, name: str) -> dict[str, Any]:
-    """A file of the tokenizer, or generation_config.json, as the output's tokens want it."""
     if name == "generation_config.json":
         return _renumbered(data, vocabulary, name)
     if not vocabulary.changed:

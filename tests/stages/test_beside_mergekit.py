@@ -71,3 +71,22 @@ def test_no_method_of_mergekit_is_left_out():
     assert compared | OTHERWISE == set(GOLDEN["methods"])
     for method in GOLDEN["methods"]:
         assert catalog.find("stages", RENAMED.get(method, method)).source
+
+
+@pytest.mark.parametrize("case", GOLDEN["templates"])
+def test_the_chat_template_is_mergekits(case, checkpoint_folder, context, run_op):
+    asked = GOLDEN["templates"][case]
+    folders = {}
+    for name in asked["models"]:
+        folder = folders[name] = checkpoint_folder(name, {"w": torch.ones(2, dtype=torch.bfloat16)})
+        files = dict(GOLDEN["template_files"].get(name, {}))
+        if held := files.pop("tokenizer_config.json", None):
+            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    ctx = context(**{name: ("model", folder) for name, folder in folders.items()})
+    run_op(catalog.find("stages", "linear")(models=asked["models"], chat_template=asked["chat_template"]), ctx)
+    written = ctx.out / "chat_template.jinja"
+    assert (written.read_text() if written.exists() else None) == asked["found"]
+    config = json.loads((ctx.out / "tokenizer_config.json").read_text())
+    assert config.get("chat_template", asked["found"]) == asked["found"]  # No reader finds another one.
