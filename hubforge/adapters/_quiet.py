@@ -45,9 +45,11 @@ def repeatable(seed: int, device: str) -> Iterator[None]:
 
     state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
         if device.startswith("cuda:"):
             stack.enter_context(torch.cuda.device(device))  # The trainer takes the current one.
+        # Of this GPU alone: those of the others may belong to other processes.
+        own = [torch.cuda.current_device()] if device.startswith("cuda") else []
+        stack.enter_context(torch.random.fork_rng(devices=own))
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

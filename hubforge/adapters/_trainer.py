@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubforge.adapters._examples import Examples, tokens_of
+from hubforge.adapters._processes import is_one_of_several, rank_here
 from hubforge.errors import StepError
 from hubforge.tensors.projection import summary
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hubforge.adapters._guard import Guard
     from hubforge.adapters.lora import Lora
     from hubforge.op import Context
@@ -39,23 +42,57 @@ class Course:
     seconds_per_step: float | None = None  # None when a resumed run had nothing left to do
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The examples as the trainer takes them: `datasets.Dataset`s, packed if the op packs."""
+
+    train: Any
+    held_out: Any  # None if nothing is
+
+    @classmethod
+    def of(cls, op: Lora, examples: Examples) -> Tables:
+        from datasets import Dataset
+        from trl.data_utils import pack_dataset
+
+        def table(kept: list[Any]) -> Any:
+            whole = Dataset.from_dict(tokens_of(kept))
+            return pack_dataset(whole, op.max_length, "bfd") if op.packing else whole
+
+        return cls(table(examples.train), table(examples.held_out) if op.eval_share else None)
+
+    def save(self, folder: Path) -> None:
+        """Put them where other processes can map them into memory, without a copy in each."""
+        self.train.save_to_disk(folder / "train")
+        if self.held_out is not None:
+            self.held_out.save_to_disk(folder / "held_out")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tables:
+        from datasets import load_from_disk
+
+        train, held_out = (
+            load_from_disk(folder / name) if (folder / name).is_dir() else None for name in ("train", "held_out")
+        )
+        return cls(train, held_out)
+
+
 def train(
     op: Lora,
     ctx: Context,
     model: Any,
     tokenizer: Any,
-    examples: Examples,
+    tables: Tables,
     guard: Guard | None,
     rates: Mapping[str, float],
+    newest: Path | None,
 ) -> Course:
-    """Train the model's adapter in place, from the newest whole checkpoint if there is one.
+    """Train the model's adapter in place, from a checkpoint if there is one, in this process and its peers if any.
 
     rates: the factor of the learning rate of each adapted module; those not named have 1.
+    newest: the checkpoint to go on from.
     """
-    from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
-    from trl.data_utils import pack_dataset
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
         optimizer: Any
@@ -70,20 +107,15 @@ def train(
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """Checkpoints are not published."""
 
-    def table(kept: list[Any]) -> Any:
-        whole = Dataset.from_dict(tokens_of(kept))
-        return pack_dataset(whole, op.max_length, "bfd") if op.packing else whole
-
     patience = op.early_stopping_patience
-    newest = newest_checkpoint(ctx.out / STATE)
-    if newest is not None and (newest / WHOLE).read_text() == FINISHED:
+    if newest is not None and is_finished(newest):
         return _take_up(model, newest, bool(patience))
     callback = make_callback(ctx, guard)
     trainer = Trainer(
         model=model,
         args=arguments(op, ctx, model),
-        train_dataset=table(examples.train),
-        eval_dataset=table(examples.held_out) if op.eval_share else None,
+        train_dataset=tables.train,
+        eval_dataset=tables.held_out,
         processing_class=tokenizer,
         callbacks=[callback, *([EarlyStoppingCallback(patience)] if patience else [])],
     )
@@ -109,6 +141,7 @@ def arguments(op: Lora, ctx: Context, model: Any) -> Any:
         "per_device_eval_batch_size": op.per_device_train_batch_size,
         "gradient_accumulation_steps": op.gradient_accumulation_steps,
         "gradient_checkpointing": op.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if op.gradient_checkpointing else None,
         "learning_rate": op.learning_rate,
         "lr_scheduler_type": op.lr_scheduler_type,
         "warmup_steps": op.warmup_ratio,  # Below 1 it is a share of all steps.
@@ -141,10 +174,33 @@ def arguments(op: Lora, ctx: Context, model: Any) -> Any:
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
+    if is_one_of_several():
+        settings |= {
+            "ddp_backend": "nccl" if cuda else "gloo",
+            "ddp_find_unused_parameters": not reaches_all(model),  # A traversal of the graph at each pass.
+            "ddp_broadcast_buffers": False,  # They are the frozen model's, and the same everywhere.
+        }
     made = SFTConfig(**settings)
     if made.n_gpu > 1:
         made._n_gpu = 1  # One process trains on one device; without this the model would be copied to all of them.
     return made
+
+
+def reaches_all(model: Any) -> bool:
+    """Whether every trained factor has a part in the output, and so a gradient that data parallelism can wait for.
+
+    Not where an expert of a mixture may be chosen by no token. One token tells: it goes to some of the experts only.
+    """
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()  # Dropout would draw.
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=trained[0].device)).logits.sum().backward()
+    reached = all(parameter.grad is not None for parameter in trained)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return reached
 
 
 def make_callback(ctx: Context, guard: Guard | None) -> Any:
@@ -160,9 +216,12 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
         def seconds_per_step(self) -> float | None:
             return round(self.spent / (self.last - self.first), 4) if self.last > self.first else None
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             self.began, self.spent, self.first = time.monotonic(), 0.0, state.global_step
             self.every = max(1, state.max_steps // MEASURES)
+            self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            if rank_here() > 0:
+                torch.manual_seed(args.seed + rank_here())  # Else dropout would be the same in all of them.
             if guard is not None and state.global_step == 0:
                 with torch.no_grad():
                     guard.begin()
@@ -176,10 +235,13 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
             if guard is not None:
                 with torch.no_grad():
                     guard.after_step()
+            if is_one_of_several():
+                _take_from_the_first(self.trained)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.last, self.spent = state.global_step, time.monotonic() - self.began
-            if guard is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+            due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+            if guard is not None and due and rank_here() == 0:
                 found = summary(guard.leaks())
                 if found:
                     state.log_history.append({"step": state.global_step, "leak": found})
@@ -198,11 +260,31 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
             ctx.note(f"step {state.global_step}: loss {metrics['eval_loss']:.4f} on what is held out")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            over = control.should_training_stop or state.global_step >= state.max_steps
-            marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
-            marker.write_text(FINISHED if over else "")
+            if is_one_of_several():
+                torch.distributed.barrier()  # Each writes the state of its own generators.
+            if rank_here() == 0:
+                over = control.should_training_stop or state.global_step >= state.max_steps
+                marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+                marker.write_text(FINISHED if over else "")
 
     return Callback()
+
+
+def _take_from_the_first(trained: Sequence[Tensor]) -> None:
+    """Give every process the factors of the first.
+
+    All took the same step from the same gradients; but GPUs that differ round differently, and a checkpoint holds the
+    factors and moments of the first alone. So a resumed run goes on from what an undisturbed one had.
+    """
+    import torch.distributed as dist
+
+    for work in [dist.broadcast(parameter.detach(), 0, async_op=True) for parameter in trained]:
+        work.wait()
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether that checkpoint is of a run with no step left."""
+    return (checkpoint / WHOLE).read_text() == FINISHED
 
 
 def newest_checkpoint(state: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hubforge.adapters._guard import Factors
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 _POINTS = 200  # of the loss curve that goes into the manifest; loss.json has every step
 _LAST = 10  # steps whose mean is the final loss
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of an adapter once it is written."""
+
+    course: Course
+    leaks: Mapping[str, Leak]
+    modules: int
+    parameters: int
 
 
 def rounded(factors: Mapping[str, Factors], dtype: str) -> dict[str, Factors]:
@@ -50,12 +61,11 @@ def write_reports(
     ctx: Context,
     examples: Examples,
     format: str,
-    course: Course,
-    leaks: Mapping[str, Leak],
-    factors: Mapping[str, Factors],
+    trained: Trained,
     base: str,
 ) -> Metrics:
     """loss.json, leak.json and training.json; the metrics of the step."""
+    course, leaks = trained.course, trained.leaks
     origin = ctx.artifact(op.data).origin
     losses = [row["loss"] for row in course.rows]
     training = {
@@ -82,8 +92,8 @@ def write_reports(
         "steps": course.steps,
         "epochs": course.epochs,
         "rank": op.rank,
-        "modules": len(factors),
-        "parameters": sum(part.a.numel() + part.b.numel() for part in factors.values()),
+        "modules": trained.modules,
+        "parameters": trained.parameters,
         "loss": sum(losses[-_LAST:]) / len(losses[-_LAST:]),
         "curve": _thinned(course.rows),
         "seconds_per_step": course.seconds_per_step,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hubforge.adapters._examples import Columns, Encoder, Examples, Format, columns_of, make_examples
+from hubforge.adapters._launch import check_launch, train_on_several
 from hubforge.adapters._modules import LINEARS, in_checkpoint, in_model, rates, select
+from hubforge.adapters._processes import rank_here
 from hubforge.errors import StepError
 from hubforge.models import load_model, load_tokenizer, read_config
 from hubforge.op import Context, DatasetRef, Kind, MaskRef, Metrics, ModelRef, Op
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from hubforge.adapters._guard import Factors
+    from hubforge.adapters._trainer import Tables
+    from hubforge.adapters._writing import Trained
 
 _PREFIX = "base_model.model."
 
@@ -111,6 +115,14 @@ class Lora(Op):
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps, whatever the size of the data.")
     per_device_train_batch_size: int = Field(4, ge=1, description="Samples per forward and backward pass.")
     gradient_accumulation_steps: int = Field(4, ge=1, description="Passes per optimiser step.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that train together, each on a GPU of its own with its own copy of the model. A step "
+        "takes per_device_train_batch_size · num_processes · gradient_accumulation_steps samples, so it decides the "
+        "result: with twice the processes, halve the accumulation.",
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, a third more time.")
     optim: Literal["adamw_torch", "sgd", "adafactor"] = Field("adamw_torch", description="The optimiser.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay of A and B.")
@@ -164,7 +176,7 @@ class Lora(Op):
 
     def preflight(self, ctx: Context) -> None:
         """What headers and the first row show, where model, mask and data are there already."""
-        _one_process(ctx.where)
+        check_launch(self, ctx)
         shapes: Mapping[str, tuple[int, ...]] = {}
         if self.model in ctx.inputs:
             read_config(ctx.path(self.model))
@@ -177,27 +189,45 @@ class Lora(Op):
             columns_of(self._rows(ctx, 1)[0], self.format, self._named())
 
     def run(self, ctx: Context) -> Metrics:
+        from hubforge.adapters._quiet import quiet
+        from hubforge.adapters._trainer import STATE, Tables, is_finished, newest_checkpoint
+        from hubforge.adapters._writing import write_reports
+
+        check_launch(self, ctx)
+        newest = newest_checkpoint(ctx.out / STATE)
+        with quiet():
+            examples, columns = self._examples(ctx)
+            tables = Tables.of(self, examples)
+            if self.num_processes == 1 or (newest is not None and is_finished(newest)):
+                trained = self.train(ctx, tables, newest)
+            else:
+                trained = train_on_several(self, ctx, tables, newest)
+        metrics = write_reports(self, ctx, examples, columns.format, trained, self._base(ctx)[0])
+        shutil.rmtree(ctx.out / STATE, ignore_errors=True)
+        return metrics
+
+    def train(self, ctx: Context, tables: Tables, newest: Path | None) -> Trained:
+        """Load, train and write the adapter: in this process, or as one of several of which the first writes."""
         from hubforge.adapters._guard import Guard, leaks
         from hubforge.adapters._quiet import quiet, repeatable
-        from hubforge.adapters._trainer import STATE, train
-        from hubforge.adapters._writing import rounded, write_adapter, write_reports
+        from hubforge.adapters._trainer import train
+        from hubforge.adapters._writing import Trained, rounded, write_adapter
 
-        _one_process(ctx.where)
         with quiet(), repeatable(self.seed, ctx.device):
-            examples, columns = self._examples(ctx)
             model, factors = self._adapted(ctx)
             subspaces = self._subspaces(ctx, factors)
             guarded = self.projection != "none"
             guard = None
             if subspaces:
                 guard = Guard(factors, subspaces if guarded else {}, self._how(), self.strength, watched=subspaces)
-            course = train(self, ctx, model, self._load_tokenizer(ctx), examples, guard, self._rates(ctx, factors))
+            tokenizer = self._load_tokenizer(ctx)
+            course = train(self, ctx, model, tokenizer, tables, guard, self._rates(ctx, factors), newest)
             kept = rounded(factors, self.save_dtype)
-            found = leaks(kept, subspaces)
-            write_adapter(ctx, model, kept, self.save_dtype, *self._base(ctx))
-        metrics = write_reports(self, ctx, examples, columns.format, course, found, factors, self._base(ctx)[0])
-        shutil.rmtree(ctx.out / STATE, ignore_errors=True)
-        return metrics
+            found = leaks(kept, subspaces) if rank_here() == 0 else {}
+            if rank_here() == 0:
+                write_adapter(ctx, model, kept, self.save_dtype, *self._base(ctx))
+        parameters = sum(part.a.numel() + part.b.numel() for part in factors.values())
+        return Trained(course, found, len(factors), parameters)
 
     def _how(self) -> Projection:
         return "two_sided" if self.projection == "none" else self.projection
@@ -313,23 +343,3 @@ class Lora(Op):
         """What the adapter says of its base: repository and commit, or the recipe's name for it; never a path."""
         origin = ctx.artifact(self.model).origin
         return (str(origin["repo"]), origin.get("commit")) if origin.get("repo") else (str(self.model), None)
-
-
-def _one_process(where: str) -> None:
-    """Refuse what has not been shown to hold: factors that are sharded, or steps that several processes take."""
-    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true")
-    if sharded or deepspeed:
-        what = f"op lora does not train under {'FSDP' if sharded else 'DeepSpeed'}"
-        why = "Each process holds a slice of A and B there, and no slice can be projected by itself."
-    elif several:
-        what = "op lora trains in one process on one device, and was started by a launcher of several"
-        why = "Each of them would run the whole recipe and write the same artifacts."
-    else:
-        return
-    mend = (
-        f"{why} Run hubforge without `accelerate launch` or `torchrun`; for a larger batch raise "
-        "gradient_accumulation_steps, for less memory leave gradient_checkpointing on."
-    )
-    raise StepError(what, where=where, mend=mend)

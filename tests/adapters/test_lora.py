@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hubforge.adapters._trainer import WHOLE, newest_checkpoint
 from hubforge.errors import SourceError, StepError
@@ -302,17 +303,18 @@ def test_training_stops_when_what_is_held_out_gets_no_better_and_keeps_the_best(
     assert (stopped.out / "loss.json").read_bytes() == (killed.out / "loss.json").read_bytes()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(prepare, tiny_llama, tmp_path):
-    import shutil
-
-    from safetensors.torch import save_file
-
-    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
-    shard = json.loads((broken / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
-    tensors = load_file(broken / shard)
+def broken(model: Path, folder: Path) -> Path:
+    """A copy of a model in which one weight is not a number."""
+    shutil.copytree(model, folder)
+    shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
+    tensors = load_file(folder / shard)
     tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, broken / shard, metadata={"format": "pt"})
-    ctx = prepare(model=broken)
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(prepare, tiny_llama, tmp_path):
+    ctx = prepare(model=broken(tiny_llama, tmp_path / "broken"))
     with pytest.raises(StepError, match="the loss is nan at step 1") as caught:
         lora(target_modules=TWO).run(ctx)
     assert "learning_rate" in caught.value.mend
@@ -381,7 +383,7 @@ def test_preflight_finds_a_missing_column_and_a_tower(prepare, tiny_gemma4_multi
 
 
 LAUNCHED = [
-    ("WORLD_SIZE", "2", "one process on one device", "the whole recipe"),
+    ("WORLD_SIZE", "2", "starts its processes itself", "set `num_processes`"),
     ("ACCELERATE_USE_FSDP", "true", "under FSDP", "no slice can be projected"),
     ("ACCELERATE_USE_DEEPSPEED", "true", "under DeepSpeed", "no slice can be projected"),
 ]
