@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+_BASE = re.compile(r"(?P<module>.+?)\.base_layer\.weight")
 _KEY = re.compile(r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?")
 
 
@@ -139,6 +140,7 @@ class LoraModule:
     transposed: bool  # the base stores (in_features, out_features): Conv1D layers and embeddings
     embedding: bool
     magnitude: TensorInfo | None = None  # DoRA's, (out_features,)
+    base: TensorInfo | None = None  # the weights it was trained on, where the file has them: PEFT saves embeddings so
 
     @property
     def rank(self) -> int:
@@ -174,12 +176,15 @@ class Adapter:
     def modules(self) -> Mapping[str, LoraModule]:
         """Every module, checked: both factors there, two-dimensional, of the rank that the config gives."""
         factors: dict[str, dict[str, TensorInfo]] = {}
-        embeddings, magnitudes = set(), dict[str, TensorInfo]()
+        embeddings, magnitudes, bases = set(), dict[str, TensorInfo](), dict[str, TensorInfo]()
         for key, info in self.checkpoint.tensors.items():
             if key in self.saved:
                 continue
             if self.config.use_dora and (dora := _MAGNITUDE.fullmatch(key)):
                 magnitudes[dora["module"].removeprefix(_PREFIX)] = info
+                continue
+            if base := _BASE.fullmatch(key):
+                bases[base["module"].removeprefix(_PREFIX)] = info
                 continue
             found = _KEY.fullmatch(key)
             if not found:
@@ -191,18 +196,24 @@ class Adapter:
             factors.setdefault(module, {})[found["factor"]] = info
         if not factors and not self.saved:
             raise SourceError("the adapter has no tensors", where=self.where)
+        if lacking := sorted(bases.keys() - factors.keys()):
+            raise SourceError(f"has the base's weights of {lacking[0]}, but no LoRA factors", where=self.where)
         modules = {module: self._module(module, parts, module in embeddings) for module, parts in factors.items()}
+        modules = {name: self._with_base(module, bases.get(name)) for name, module in modules.items()}
         return {name: self._with_magnitude(module, magnitudes) for name, module in modules.items()}
+
+    def _with_base(self, module: LoraModule, info: TensorInfo | None) -> LoraModule:
+        if info is not None and (info.shape != module.shape or info.dtype not in dtypes.FLOATS):
+            what = f"{info.name!r} is {info.dtype} {list(info.shape)}, but its delta is {list(module.shape)}"
+            raise SourceError(what, where=self.where)
+        return replace(module, base=info)
 
     def _with_magnitude(self, module: LoraModule, magnitudes: Mapping[str, TensorInfo]) -> LoraModule:
         if not self.config.use_dora:
             return module
-        if module.transposed:
-            what = f"{module.name} is adapted by DoRA and stored transposed, which is not supported"
-            raise SourceError(what, where=self.where, mend="Merge it with PEFT, or train without it.")
         info = magnitudes.get(module.name)
         if info is None or math.prod(info.shape) != module.b.shape[0] or info.dtype not in dtypes.FLOATS:
-            what = f"use_dora is set, but {module.name} has no magnitude for each of its {module.b.shape[0]} rows"
+            what = f"use_dora is set, but {module.name} has no magnitude for each of its {module.b.shape[0]} outputs"
             raise SourceError(what, where=self.where)
         return replace(module, magnitude=info)
 
@@ -222,8 +233,10 @@ class Adapter:
 
     def require_plain(self) -> None:
         """SourceError unless all that the adapter does is add scaling * B @ A."""
-        if self.config.use_dora or self.saved:
-            kind = "a DoRA adapter" if self.config.use_dora else f"one with whole modules ({next(iter(self.saved))})"
+        bases = [module.base.name for module in self.modules.values() if module.base]
+        if self.config.use_dora or self.saved or bases:
+            whole = next(iter([*self.saved, *bases]), "")
+            kind = "a DoRA adapter" if self.config.use_dora else f"one with whole modules ({whole})"
             mend = "`op: apply` folds it into its base; merge the models that come of it."
             what = f"is {kind}: what it adds depends on the base, so it cannot be merged with others"
             raise SourceError(what, where=self.where, mend=mend)
@@ -311,14 +324,18 @@ def delta(module: LoraModule, a: Tensor, b: Tensor, first: int = 0, last: int | 
     return product * module.scaling
 
 
-def dora_delta(base: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
-    """What a DoRA adds to rows of the base's weights: m · (W + Δ) / ‖W + Δ‖ − W, norms by row; float32.
+def dora_delta(base: Tensor, change: Tensor, magnitude: Tensor, norm: Tensor | None = None) -> Tensor:
+    """What a DoRA adds to rows of the base's weights: m · (W + Δ) / ‖W + Δ‖ − W; float32.
 
+    The norms are those of each output's weights: by row. norm: by column instead, over all rows, of a module that is
+    stored transposed; an embedding has one for each of its dimensions, over the whole vocabulary, as in PEFT.
     Source: Liu et al. 2024, arXiv:2402.09353; peft.tuners.lora.dora.
     """
     import torch
 
     whole = base + change
+    if norm is not None:
+        return whole.mul_(magnitude / norm).sub_(base)
     norm = torch.linalg.vector_norm(whole, dim=1)
     return whole.mul_((magnitude / norm)[:, None]).sub_(base)
 

@@ -7,7 +7,8 @@ measure, then to write), its rows stay in memory as they were read, as far as th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +64,16 @@ class Desk(threading.local):
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A clean desk for a look at rows beside this block's, whose things lie on it again afterwards."""
+        held = self._found, self._tensor, self._passes
+        self._found, self._tensor, self._passes = {}, "", 1
+        try:
+            yield
+        finally:
+            self._found, self._tensor, self._passes = held
 
     def read(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
         """Rows of a file as float32 on this thread's device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from hubforge.errors import SourceError, StepError
 from hubforge.op import Artifact, Context, Ref, TensorOp
 from hubforge.tensors import dtypes
-from hubforge.tensors.adapter import Adapter, delta, dora_delta, open_adapter
+from hubforge.tensors.adapter import Adapter, LoraModule, delta, dora_delta, open_adapter
 from hubforge.tensors.desk import Desk
 from hubforge.tensors.names import Aliases, canonical, paired
 from hubforge.tensors.quantised import config_beside, open_model, quantised_by
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 _AT_ONCE = 16 << 20  # bytes compared at once
+_NORMS_OF = 1 << 20  # elements whose squares are summed at once
 
 
 class Input(Protocol):
@@ -71,6 +73,8 @@ class Deltas:
     def __init__(self, adapter: Adapter, base: Weights, desk: Desk) -> None:
         self.adapter, self.base, self.desk = adapter, base, desk
         self.modules, self.saved = adapter.on(base.checkpoint), adapter.saved_on(base.checkpoint)
+        self._norms: dict[str, Tensor] = {}
+        self._one_at_a_time = threading.Lock()
 
     def __contains__(self, name: object) -> bool:
         return name in self.modules or name in self.saved
@@ -83,10 +87,36 @@ class Deltas:
         module, key = self.modules[name], (id(self.adapter), self.modules[name].name)
         a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name))
         change = delta(module, a, b, first, last)
-        if module.magnitude is None:
-            return change
-        magnitude = self.adapter.checkpoint.read(module.magnitude.name).float().reshape(-1)[first:last]
-        return dora_delta(self.base.rows(name, first, last), change, magnitude.to(change.device))
+        if module.magnitude is not None:
+            magnitude = self.adapter.checkpoint.read(module.magnitude.name).float().reshape(-1).to(change.device)
+            norm = self._column_norms(name, module, a, b).to(change.device) if module.transposed else None
+            magnitude = magnitude if module.transposed else magnitude[first:last]
+            change = dora_delta(self._trained_on(name, module, first, last), change, magnitude, norm)
+        if module.base is not None:
+            change += self._trained_on(name, module, first, last) - self.base.rows(name, first, last)
+        return change
+
+    def _trained_on(self, name: str, module: LoraModule, first: int, last: int) -> Tensor:
+        """Rows of the weights that the adapter is a change of: its own where its file has them, else the base's."""
+        if module.base is None:
+            return self.base.rows(name, first, last)
+        return self.adapter.checkpoint.rows_on(self.desk, module.base.name, first, last)
+
+    def _column_norms(self, name: str, module: LoraModule, a: Tensor, b: Tensor) -> Tensor:
+        """‖W + Δ‖ of each column, over all rows, float32: one more pass over the tensor, when it is first asked for."""
+        import torch
+
+        with self._one_at_a_time:
+            if name not in self._norms:
+                rows, columns = module.shape
+                step, total = max(1, _NORMS_OF // columns), torch.zeros(columns, dtype=torch.float64)
+                for first in range(0, rows, step):
+                    last = min(first + step, rows)
+                    with self.desk.aside():
+                        whole = self._trained_on(name, module, first, last) + delta(module, a, b, first, last)
+                    total += whole.double().square_().sum(0).cpu()
+                self._norms[name] = total.sqrt().float()
+            return self._norms[name]
 
     def _difference(self, name: str, first: int, last: int) -> Tensor:
         own = self.adapter.checkpoint.rows_on(self.desk, self.saved[name], first, last)
@@ -211,6 +241,10 @@ def open_inputs(
             adapter = opened.adapter(ctx.path(ref), str(ref))
             by_ref[ref] = Deltas(adapter, Weights(base, {name: name for name in base}, opened.desk), opened.desk)
             _warn_of_another_base(adapter, started_from(ctx, op.base_ref), ctx)
+            if held_whole := [module.base.name for module in adapter.modules.values() if module.base]:
+                ctx.note(
+                    f"{ref} has weights of the model it was trained on ({held_whole[0]}), which take their place here"
+                )
             continue
         other = models[ref] if is_model else opened.checkpoint(ctx.path(ref), op.mask_stem)
         names = dict(paired(base, Aliases(other, str(other.path))))

@@ -115,6 +115,104 @@ def test_dora_and_whole_modules_as_peft_merges_them(more, tiny_llama, tmp_path, 
     assert any(not torch.equal(merged[name], plain[name]) for name in plain)
 
 
+def tiny_gpt2(folder):
+    """A GPT-2, whose layers are Conv1D: their weights are (in_features, out_features)."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    Tokenizer(WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def dora_on(folder, base, *targets, spread=0.1, use_dora=True, **more):
+    """An adapter by PEFT with all its factors drawn, and its magnitudes too unless `spread` is 0."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, target_modules=list(targets), **more)
+    adapted, generator = get_peft_model(model, config), torch.Generator().manual_seed(1)
+    for name, value in adapted.named_parameters():
+        if "lora_magnitude_vector" in name:
+            value.data *= 1 + spread * torch.randn(value.shape, generator=generator)
+        elif "lora_" in name:
+            value.data = spread * torch.randn(value.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "more"),
+    [
+        ("llama", ("embed_tokens", "q_proj"), {}),
+        ("llama", ("embed_tokens",), {"use_rslora": True}),
+        ("gpt2", ("c_attn", "c_fc", "c_proj"), {"fan_in_fan_out": True}),
+        ("gpt2", ("c_attn", "wte"), {"fan_in_fan_out": True, "rank_pattern": {"wte": 2}}),
+    ],
+    ids=["embeddings", "embeddings and rslora", "conv1d", "both"],
+)
+def test_dora_by_columns_as_peft_merges_it(family, targets, more, tiny_llama, tmp_path, context, run_op, tensors_of):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_llama if family == "llama" else tiny_gpt2(tmp_path / "gpt2")
+    folder = dora_on(tmp_path / "a", base, *targets, **more)
+    ctx = context(m=("model", base), a=("adapter", folder))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+    found, before, changed = tensors_of(ctx.out), tensors_of(base), set()
+    for name in found:
+        # Both in float32; PEFT holds the norms in its own order.
+        torch.testing.assert_close(found[name], merged[name], rtol=1e-6, atol=1e-6)
+        if not torch.equal(found[name], before[name].float()):
+            changed.add(name.split(".")[-2])
+    assert changed == set(targets)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_embeddings_that_an_adapter_was_trained_on_take_their_place(
+    use_dora, tiny_llama, tiny_llama_other, tmp_path, context, run_op, tensors_of
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    # PEFT saves adapted embeddings whole, beside the factors, and loads them so.
+    folder = dora_on(tmp_path / "a", tiny_llama_other, "embed_tokens", use_dora=use_dora)
+    ctx = context(m=("model", tiny_llama), a=("adapter", folder))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+    found = tensors_of(ctx.out)
+    for name in found:
+        torch.testing.assert_close(found[name], merged[name], rtol=1e-6, atol=1e-6)
+
+
+def test_dora_of_embeddings_that_changes_nothing_gives_them(tiny_llama, tmp_path, context, run_op, tensors_of):
+    folder = dora_on(tmp_path / "a", tiny_llama, "embed_tokens", spread=0.0)
+    ctx = context(m=("model", tiny_llama), a=("adapter", folder))
+    run_op(Apply(model="m", adapters=["a"], dtype="float32"), ctx)
+    for name, tensor in tensors_of(tiny_llama).items():
+        # Times the magnitude, over the norm, minus the base and plus it: five roundings of float32.
+        torch.testing.assert_close(tensors_of(ctx.out)[name], tensor.float(), rtol=5 * 2**-23, atol=0)
+
+
+def test_dora_by_columns_is_the_same_in_any_blocks(tmp_path, tiny_llama, context, run_op, tensors_of, monkeypatch):
+    folder = dora_on(tmp_path / "a", tiny_llama, "embed_tokens")
+    found = []
+    for number, (threads, block) in enumerate([(1, 1 << 18), (4, 1 << 10)]):
+        monkeypatch.setattr("hubforge.tensors.targets.BLOCK", block)
+        ctx = context(f"out{number}", m=("model", tiny_llama), a=("adapter", folder))
+        run_op(Apply(model="m", adapters=["a"]), ctx, threads)
+        found.append(tensors_of(ctx.out))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_dora_adapter_that_changes_nothing_gives_the_model(tiny_llama, tmp_path, context, run_op, tensors_of):
     from hubforge.lab.tiny import tiny_lora
 

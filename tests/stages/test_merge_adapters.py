@@ -345,6 +345,7 @@ def test_factors_need_one_rank(way, merged, adapters, context):
     ("more", "named"),
     [
         ({"use_dora": True}, "is a DoRA adapter"),
+        ({"target_modules": ("embed_tokens",)}, r"one with whole modules \(base_model.*base_layer.weight\)"),
         ({"modules_to_save": ("input_layernorm",)}, r"one with whole modules \(base_model.*layernorm.weight\)"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hubforge.errors import SourceError
-from hubforge.tensors.adapter import delta, open_adapter
+from hubforge.tensors.adapter import delta, dora_delta, open_adapter
 from hubforge.tensors.names import canonical, layer_of, natural_order
 from hubforge.tensors.reader import open_checkpoint
 
@@ -37,6 +37,15 @@ def test_embeddings_are_transposed_too(tmp_path):
     key = "base_model.model.model.embed_tokens.lora_embedding_"
     save_file({f"{key}A": A, f"{key}B": B}, tmp_path / "adapter_model.safetensors")
     assert only_delta(tmp_path).tolist() == [[1, 10, 100], [2, 20, 200]]
+
+
+def test_dora_gives_each_output_its_magnitude():
+    base, change = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    by_row = dora_delta(base, change, torch.tensor([10.0, 2.0]))
+    assert (base + by_row).tolist() == [[6, 8], [0, 2]]
+    # Stored transposed, the outputs are columns: of length 3, and the root of 17.
+    by_column = dora_delta(base, change, torch.tensor([6.0, 17.0**0.5]), torch.tensor([3.0, 17.0**0.5]))
+    assert (base + by_column).tolist() == [[6, 4], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +131,8 @@ def test_configs_that_are_refused(config, message, adapter_folder):
         ),
         ({"x.lora_A.weight": A, "x.lora_B.weight": B, "lm_head.weight": B}, "lm_head.weight' is no LoRA factor"),
         ({"x.lora_A.weight": torch.ones(1, 2, 3, 3), "x.lora_B.weight": B}, "not convolutions"),
+        ({"x.lora_A.weight": A, "x.lora_B.weight": B, "y.base_layer.weight": B}, "base's weights of y, but no LoRA"),
+        ({"x.lora_A.weight": A, "x.lora_B.weight": B, "x.base_layer.weight": B}, r"F32 \[3, 1\], but its delta is"),
         ({"x.lora_A.weight": A.int(), "x.lora_B.weight": B}, "is I32, not a float"),
         ({}, "the adapter has no tensors"),
     ],
