@@ -216,6 +216,7 @@ class Op(BaseModel):
     extra: ClassVar[str] = ""  # the hubforge extra that brings them, e.g. "gguf"
     formula: ClassVar[str] = ""  # one line, Unicode maths, shown on cards: "W + s·Δ"
     source: ClassVar[str] = ""  # paper or code the method comes from
+    form: ClassVar[str] = ""  # of a mask: fisher, gate, layers or subspace, which its files are called by
     each: ClassVar[str] = ""  # a list field that becomes one step per entry
     unkeyed: ClassVar[tuple[str, ...]] = ()  # fields that change no byte of the output: not in the key, not inputs
     resumable: ClassVar[bool] = False  # True: run() goes on from what a killed run left in ctx.out
@@ -226,6 +227,10 @@ class Op(BaseModel):
             return {name: self}
         entries = getattr(self, self.each)
         return {f"{name}/{entry}": self.model_copy(update={self.each: type(entries)([entry])}) for entry in entries}
+
+    def misfit(self, field: str, form: str) -> str:
+        """How to mend that a mask of that form is given in that field; "" where it fits. Told before anything runs."""
+        return ""
 
     def needs(self) -> Needs:
         return Needs()

@@ -22,6 +22,8 @@ from hubforge.sources import SourceSpec
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
 KEYS = ("name", "license", "license_link", "seed", "sources", *catalog.SECTIONS[:-1], "gates", "card", "publish")
 
+_FORMS = {"fisher": "a Fisher mask", "gate": "a gate", "layers": "a mask of layers", "subspace": "a subspace mask"}
+
 
 @dataclass(frozen=True)
 class Node:
@@ -313,6 +315,9 @@ class _Loader:
                 found = self.resolve(ref, path)
                 if found and inside[0] not in node.op.unkeyed:
                     inputs[str(ref)] = found[0]
+                form = self.nodes[ref].op.form if ref in self.nodes else ""
+                if form and (mend := node.op.misfit(str(inside[0]), form)):
+                    self.wrong(f"{_dotted(path)} is {str(ref)!r}, which is {_FORMS.get(form, form)}", *path, mend=mend)
             linked[node.name] = Node(node.section, node.entry, node.op, node.where, inputs)
         sorter: TopologicalSorter[str] = TopologicalSorter()
         for name, node in linked.items():
@@ -355,8 +360,20 @@ class _Loader:
             entries = [
                 found for inside, ref in refs(op) for found in self.resolve(ref, ("publish", name, *inside), group=True)
             ]
+            self.check_file_names(name, op)
             targets[name] = Target(name, op, self.marked.where(("publish", name)), tuple(dict.fromkeys(entries)))
         return targets
+
+    def check_file_names(self, name: str, op: Publisher) -> None:
+        """Masks of one form have files of the same names, and cannot share a folder."""
+        first: dict[str, Ref] = {}
+        for inside, ref in refs(op):
+            form = self.nodes[ref].op.form if ref in self.nodes else ""
+            if form and first.setdefault(form, ref) != ref:
+                path = ("publish", name, *inside)
+                what = f"{_dotted(path)} is {str(ref)!r}, {_FORMS.get(form, form)} as {str(first[form])!r} is"
+                mend = "Their files have the same names: publish each under a `folder` of its own."
+                self.wrong(what, *path, mend=mend)
 
     def read_gates(self) -> Iterator[PlacedGate]:
         value = self.marked.data.get("gates") or []

@@ -150,3 +150,65 @@ def test_the_seed_of_the_recipe_is_that_of_each_step_that_sets_none(write_recipe
 def test_gguf_files_are_called_by_the_recipe(write_recipe):
     loaded = recipe.load(write_recipe(BASE + "quantize:\n  quants: {op: gguf, model: base, types: [Q8_0]}\n"))
     assert [node.op.name for node in loaded.nodes.values()] == ["r", "r"]
+
+
+MASKS = """\
+name: r
+sources:
+  base: {model: ./model}
+  rows: {dataset: ./rows.jsonl}
+  prose: {adapter: ./prose}
+  fetched: {mask: ./mask}
+masks:
+  fisher: {op: fisher, model: base, data: rows}
+  depth: {op: layers, mask: fisher}
+  gate: {op: combine, masks: [fisher, depth]}
+  other: {op: combine, masks: [fisher]}
+  core: {op: subspace, instruct: base, pretrained: base, rank: 2}
+  chance: {op: random_subspace, like: core}
+"""
+GATED = "stages:\n  x: {op: apply, model: base, adapters: [prose], "
+TRAINED = "adapters:\n  x: {op: lora, model: base, data: rows, "
+PUBLISHED = "publish:\n  x: {op: hub, repo: me/masks, "
+
+MISFITS = {
+    "layers as a gate": (
+        GATED + "importance: depth, normalize: none}",
+        "r.yaml:15: stages.x.importance is 'depth', which is a mask of layers\n"
+        "  Make a gate of it with `op: combine`, and take that with `normalize: none`.",
+    ),
+    "a gate, normalised again": (GATED + "importance: gate}", "which is a gate\n  It is normalised already: set"),
+    "a Fisher as a gate": (GATED + "importance: fisher, normalize: none}", "which is a Fisher mask\n  Set `normalize:"),
+    "a subspace as importance": (GATED + "importance: core}", "which is a subspace mask\n  Name it as `protect`"),
+    "importance as a subspace": (GATED + "protect: fisher}", "stages.x.protect is 'fisher', which is a Fisher mask"),
+    "training under importance": (TRAINED + "protect: gate}", "adapters.x.protect is 'gate', which is a gate\n  Make"),
+    "rates of a gate": (TRAINED + "importance: gate}", "adapters.x.importance is 'gate', which is a gate\n  Name"),
+    "two of one form": (
+        PUBLISHED + "masks: [gate, fisher, other]}",
+        "r.yaml:15: publish.x.masks[2] is 'other', a gate as 'gate' is\n"
+        "  Their files have the same names: publish each under a `folder` of its own.",
+    ),
+    "two subspaces": (PUBLISHED + "masks: [core, chance]}", "'chance', a subspace mask as 'core' is"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_mask_of_another_form_is_told_before_anything_is_made(case, write_recipe):
+    text, expected = MISFITS[case]
+    (error,) = errors(write_recipe(MASKS + text + "\n"))
+    assert expected in error
+
+
+FITTING = [
+    GATED + "importance: fisher, protect: core}",
+    GATED + "importance: gate, normalize: none, protect: chance}",
+    GATED + "importance: fetched, normalize: none, protect: fetched}",
+    TRAINED + "importance: depth, protect: core}",
+    TRAINED + "importance: fisher, protect: fetched}",
+    PUBLISHED + "masks: [fisher, gate, core, depth]}\n  y: {op: hub, repo: me/masks, folder: other, masks: [other]}",
+]
+
+
+@pytest.mark.parametrize("text", FITTING)
+def test_masks_that_fit(text, write_recipe):
+    recipe.load(write_recipe(MASKS + text + "\n"))

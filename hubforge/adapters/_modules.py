@@ -94,20 +94,20 @@ def in_model(model: Any) -> dict[str, tuple[int, ...]]:
 def rates(facts: Any, modules: Iterable[str], floor: float, where: str = "") -> dict[str, float]:
     """The factor of each module's learning rate: 1 − F_layer, at least `floor`; F_layer as `apply` has it.
 
-    facts: layer_importance.json. F_layer is what `op: layers` found; of a Fisher mask, the minmax over the layers of
-    their sums.
+    facts: layers.json, of which F_layer is the importance that `op: layers` found; or the layer_importance.json of a
+    Fisher mask, of which it is the minmax over the layers of their sums.
     """
     try:
         given = any("importance" in entry for entry in facts["layers"].values())
         what = "importance" if given else "sum"
         sums = {int(layer): float(entry[what]) for layer, entry in facts["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StepError(f"layer_importance.json has no sum for each layer ({error!r})", where=where) from error
+        raise StepError(f"the importance mask has no number for each layer ({error!r})", where=where) from error
     if not sums or not all(math.isfinite(value) for value in sums.values()):
-        raise StepError("layer_importance.json has no finite sums", where=where)
+        raise StepError("the importance mask has no finite number for each layer", where=where)
     low, high = (0.0, 1.0) if given else (min(sums.values()), max(sums.values()))
     if given and not all(0 <= value <= 1 for value in sums.values()):
-        raise StepError("layer_importance.json has an importance outside [0, 1]", where=where)
+        raise StepError("the importance mask has a layer's importance outside [0, 1]", where=where)
     found = {}
     for name in modules:
         layer = layer_of(f"{name}.weight")

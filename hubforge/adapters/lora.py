@@ -174,6 +174,11 @@ class Lora(Op):
             raise ValueError("early_stopping_patience needs rows to measure on: set eval_share, such as 0.05")
         return self
 
+    def misfit(self, field: str, form: str) -> str:
+        if field == "protect":
+            return "" if form == "subspace" else "Make one with `op: subspace`."
+        return "" if form in ("layers", "fisher") else "Name a mask made by `layers`, or a Fisher mask."
+
     def preflight(self, ctx: Context) -> None:
         """What headers and the first row show, where model, mask and data are there already."""
         check_launch(self, ctx)
@@ -336,8 +341,9 @@ class Lora(Op):
     def _rates(self, ctx: Context, factors: Mapping[str, Factors]) -> dict[str, float]:
         if self.importance is None:
             return {}
-        facts = ctx.artifact(self.importance).read_json("layer_importance.json")
-        return rates(facts, factors, self.importance_floor, ctx.where)
+        mask = ctx.artifact(self.importance)
+        file = "layers.json" if (mask.path / "layers.json").is_file() else "layer_importance.json"
+        return rates(mask.read_json(file), factors, self.importance_floor, ctx.where)
 
     def _base(self, ctx: Context) -> tuple[str, str | None]:
         """What the adapter says of its base: repository and commit, or the recipe's name for it; never a path."""

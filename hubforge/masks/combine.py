@@ -34,6 +34,7 @@ class Combine(Op):
     """
 
     makes: ClassVar[Kind] = "mask"
+    form: ClassVar[str] = "gate"
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "masks"
     resumable: ClassVar[bool] = True
@@ -65,6 +66,9 @@ class Combine(Op):
         if len(set(self.masks)) < len(self.masks):
             raise ValueError("masks names one of them twice")
         return self
+
+    def misfit(self, field: str, form: str) -> str:
+        return "A subspace has no importance of each weight; `protect:` takes it." if form == "subspace" else ""
 
     def run(self, ctx: Context) -> Metrics:
         with ExitStack() as stack:

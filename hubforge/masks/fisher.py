@@ -43,6 +43,7 @@ class Fisher(Op):
     """
 
     makes: ClassVar[Kind] = "mask"
+    form: ClassVar[str] = "fisher"
     version: ClassVar[int] = 2
     pins: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     exact: ClassVar[bool] = False  # Sums of float32 depend on the device and its number of threads.

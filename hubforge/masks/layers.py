@@ -23,6 +23,7 @@ class Layers(Op):
     """
 
     makes: ClassVar[Kind] = "mask"
+    form: ClassVar[str] = "layers"
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "masks"
     formula: ClassVar[str] = "F_layer = normalize over layers of Σ F (or of its mean)"
@@ -43,6 +44,9 @@ class Layers(Op):
         if how == "none":
             raise ValueError("sums are not in [0, 1]: choose minmax, log, rank, sqrt or clip:P")
         return how
+
+    def misfit(self, field: str, form: str) -> str:
+        return "" if form in ("fisher", "gate") else "It sums up a Fisher mask, or a gate."
 
     def run(self, ctx: Context) -> Metrics:
         import torch

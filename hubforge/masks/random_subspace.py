@@ -20,6 +20,7 @@ class RandomSubspace(Op):
     """
 
     makes: ClassVar[Kind] = "mask"
+    form: ClassVar[str] = "subspace"
     pins: ClassVar[tuple[str, ...]] = ("torch",)
     exact: ClassVar[bool] = False  # LAPACK's last bits depend on the processor.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
@@ -29,6 +30,9 @@ class RandomSubspace(Op):
 
     like: MaskRef = Field(description="The subspace mask whose matrices and ranks it takes.")
     seed: int = Field(0, ge=0, description="Draws the directions.")
+
+    def misfit(self, field: str, form: str) -> str:
+        return "" if form == "subspace" else "Name a mask made by `subspace`."
 
     def run(self, ctx: Context) -> Metrics:
         import torch

@@ -41,6 +41,7 @@ class Subspace(Op):
     """
 
     makes: ClassVar[Kind] = "mask"
+    form: ClassVar[str] = "subspace"
     version: ClassVar[int] = 2
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits, and a vector's sign, depend on the processor.
@@ -91,6 +92,9 @@ class Subspace(Op):
         if self.rank is None and self.energy is None:
             raise ValueError("give `rank` (such as 64), `energy` (such as 0.9), or both")
         return self
+
+    def misfit(self, field: str, form: str) -> str:
+        return "" if form == "fisher" else "It is taken of a Fisher mask, or of two models."
 
     def preflight(self, ctx: Context) -> None:
         """Shapes and tokenizers, where both models are there already: only headers are read."""

@@ -95,6 +95,17 @@ class Apply(TensorOp):
             raise ValueError(f"strength is for `projection: scale`, not {self.projection}")
         return self
 
+    def misfit(self, field: str, form: str) -> str:
+        gated = self.normalize == "none"
+        if field == "protect":
+            return "" if form == "subspace" else "Make one with `op: subspace`."
+        return {
+            "fisher": "Set `normalize: minmax`, or make a gate of it with `op: combine`." if gated else "",
+            "gate": "" if gated else "It is normalised already: set `normalize: none` to take it as it is.",
+            "layers": "Make a gate of it with `op: combine`, and take that with `normalize: none`.",
+            "subspace": "Name it as `protect`; `importance` is a Fisher mask or a gate.",
+        }.get(form, "")
+
     def whole(self) -> bool:
         return self.protect is not None or (self.importance is not None and needs_all(self.normalize))
 

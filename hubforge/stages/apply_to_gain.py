@@ -65,6 +65,11 @@ class ApplyToGain(Op):
         fields = ("model", "adapters", "importance", "protect", "projection")
         return Apply(**{name: getattr(self, name) for name in fields}, scale=scale, **more)
 
+    def misfit(self, field: str, form: str) -> str:
+        if form == "gate" and field == "importance":
+            return "Name the Fisher mask that it was made of: gates are for `apply`."
+        return self._apply(1.0).misfit(field, form)
+
     def run(self, ctx: Context) -> Metrics:
         full = ctx.out / "full"
         run_tensor_op(self._apply(1.0, dtype="float32"), replace(ctx, out=full, sha256={}))

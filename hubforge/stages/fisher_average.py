@@ -31,6 +31,9 @@ class FisherAverage(Merge):
     weights: list[Schedule] | None = Field(None, description="wᵢ, one factor per model, at least 0; by default equal.")
     floor: float = Field(0.0, ge=0, description="Least Fisher value that counts; the paper: 1e-6.")
 
+    def misfit(self, field: str, form: str) -> str:
+        return "" if form == "fisher" else "Precisions are Fisher masks as `op: fisher` makes them, one per model."
+
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         held = indexed(self.models, w)
         weights = [self.of_model(self.weights, index, at) for index, _ in held]

@@ -253,11 +253,26 @@ def test_packed_samples_do_not_see_one_another(prepare, chats):
 
 
 def test_a_layer_learns_at_its_own_rate(prepare, tmp_path):
-    (tmp_path / "layer_importance.json").write_text(json.dumps({"layers": {"0": {"sum": 1}, "1": {"sum": 9}}}))
-    ctx = prepare(fisher=Artifact("fisher", "mask", "k", tmp_path))
-    lora(importance="fisher", target_modules=TWO).run(ctx)
-    moved = {name: float(tensor.abs().max()) for name, tensor in weights(ctx).items() if "lora_B" in name}
-    assert all((size > 0) == (".layers.0." in name) for name, size in moved.items())
+    """By a Fisher mask, and by what `op: layers` makes of it."""
+    from hubforge.masks.layers import Layers
+
+    masks = {name: tmp_path / name for name in ("fisher", "depth")}
+    for folder in masks.values():
+        folder.mkdir()
+    facts = {str(layer): {"sum": total, "mean": total, "count": 1} for layer, total in ((0, 1), (1, 9))}
+    (masks["fisher"] / "layer_importance.json").write_text(json.dumps({"layers": facts}))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(1)}, masks["fisher"] / "fisher.safetensors")
+    fisher = Artifact("fisher", "mask", "k", masks["fisher"])
+    Layers(mask="fisher").run(Context("masks.depth", masks["depth"], {"fisher": fisher}))
+
+    found = []
+    for name, folder in masks.items():
+        ctx = prepare(name, **{name: Artifact(name, "mask", "k", folder)})
+        lora(importance=name, target_modules=TWO).run(ctx)
+        found.append(weights(ctx))
+        moved = {key: float(tensor.abs().max()) for key, tensor in weights(ctx).items() if "lora_B" in key}
+        assert all((size > 0) == (".layers.0." in key) for key, size in moved.items())
+    assert same(*found)
 
 
 def test_samples_that_are_cut_are_counted_and_told(prepare):

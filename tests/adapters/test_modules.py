@@ -65,5 +65,5 @@ def test_what_the_layers_op_found_is_taken_as_it_is():
 def test_a_layer_without_importance_is_an_error():
     with pytest.raises(StepError, match="nothing for layer 3"):
         rates(FACTS, ["model.layers.3.mlp.up_proj"], 0.0)
-    with pytest.raises(StepError, match="no sum for each layer"):
+    with pytest.raises(StepError, match="no number for each layer"):
         rates({"layers": {"0": 1}}, NAMES, 0.0)

@@ -73,7 +73,7 @@ EVERYTHING = RESUMED | {
 def test_a_stopped_run_of_two_ends_with_the_bits_of_an_undisturbed_one(request, prepare, tmp_path, model):
     folder = request.getfixturevalue(model)
     facts = {"layers": {str(layer): {"importance": layer % 2} for layer in range(8)}}
-    (tmp_path / "layer_importance.json").write_text(json.dumps(facts))
+    (tmp_path / "layers.json").write_text(json.dumps(facts))
     more = {"layers": Artifact("layers", "mask", "k", tmp_path), "model": folder}
     more["mask"] = make_mask(tmp_path / "mask", folder)
     op = lora(**EVERYTHING)
