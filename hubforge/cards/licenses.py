@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hubforge.cards.lineage import Lineage, find_target
+from hubforge.cards.markdown import listed
 from hubforge.release import Release, SourceRecord
 
 Family = Literal["permissive", "terms", "copyleft", "noncommercial", "noderivatives", "unsure"]
@@ -81,7 +82,7 @@ def bearing_licenses(release: Release, target: str) -> list[tuple[str, str]]:
     for source in _bearing(release, target):
         if name := stated(source):
             found.setdefault(name, []).append(source.repo or source.name)
-    return [(name, _list(names)) for name, names in found.items()]
+    return [(name, listed(names)) for name, names in found.items()]
 
 
 def check_license(release: Release, target: str | None = None) -> list[str]:
@@ -101,7 +102,7 @@ def check_license(release: Release, target: str | None = None) -> list[str]:
             )
         elif theirs:
             problems.append(
-                f"The recipe names no licence, and its inputs carry {_list(theirs)}. "
+                f"The recipe names no licence, and its inputs carry {listed(theirs)}. "
                 "Write a `license` in the recipe that fits them all."
             )
         else:
@@ -160,7 +161,7 @@ def _among_inputs(bearing: tuple[SourceRecord, ...]) -> list[str]:
     if len(strict) < 2:
         return []
     parts = [f"{_name(source)} ({name})" for name, source in strict.items()]
-    return [f"These inputs each bind the result to terms of their own: {_list(parts)}. Check that both can be kept."]
+    return [f"These inputs each bind the result to terms of their own: {listed(parts)}. Check that both can be kept."]
 
 
 def _bearing(release: Release, target: str | None) -> tuple[SourceRecord, ...]:
@@ -189,7 +190,3 @@ def _training_data(release: Release, target: str | None) -> tuple[SourceRecord, 
 
 def _name(source: SourceRecord) -> str:
     return source.repo or f"the local {source.kind} {source.name!r}"
-
-
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

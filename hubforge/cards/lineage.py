@@ -52,6 +52,15 @@ class Lineage:
         names = self._closure(self.target.entries, through_masks=True)
         return tuple(step for step in self.release.steps if step.name in names and step.section != "evals")
 
+    def passes_of(self, step: StepRecord) -> tuple[str, ...]:
+        """Full names of the steps in whose pass that one was computed, those that led here before others."""
+        own = {each.name for each in self.steps}
+        return tuple(name for name in step.fused_into if name in own) or step.fused_into
+
+    def computed_in(self, step: StepRecord) -> tuple[StepRecord, ...]:
+        """The steps without files that led here and were computed in that one's pass, in the order of the recipe."""
+        return tuple(each for each in self.steps if step.name in each.fused_into)
+
     @cached_property
     def sources(self) -> tuple[SourceRecord, ...]:
         """Every source that led here, masks' and training data included."""

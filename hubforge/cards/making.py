@@ -8,7 +8,7 @@ from typing import Any
 
 from hubforge.cards.components import source_link
 from hubforge.cards.lineage import Lineage
-from hubforge.cards.markdown import code, linkify, prose, text
+from hubforge.cards.markdown import code, linkify, listed, prose, text
 from hubforge.cards.numbers import big_count, count, share, short, size
 from hubforge.cards.results import show_field
 from hubforge.cards.training import leak, loss_path, loss_picture
@@ -28,6 +28,7 @@ class StepView:
     op: str
     summary: str
     formula: str  # as it is: for a fence
+    one_pass: str  # what was computed in one pass over the weights with it, a sentence; "" for nothing
     fields: tuple[Row, ...]
     facts: tuple[str, ...]
     gain: bool  # whether a fact is the effective gain, which needs a word of explanation
@@ -62,6 +63,7 @@ def step_view(lineage: Lineage, step: StepRecord) -> StepView:
         op=code(step.op),
         summary=sentence(step.summary),
         formula=step.formula.strip(),
+        one_pass=one_pass(lineage, step),
         fields=tuple(field_rows(lineage, step)),
         facts=tuple(step_facts(step)),
         gain=bool(step.metrics.get("gain")),
@@ -69,6 +71,17 @@ def step_view(lineage: Lineage, step: StepRecord) -> StepView:
         loss=loss_path(lineage, step) if loss_picture(step.metrics, "") else "",
         source=linkify(step.method_source),
     )
+
+
+def one_pass(lineage: Lineage, step: StepRecord) -> str:
+    """Which steps were computed in one pass over the weights with this one: what `plan` says, on the page."""
+    if step.fused_into:
+        users = listed([code(name.partition(".")[2]) for name in lineage.passes_of(step)])
+        return (
+            f"Computed in one pass over the weights with {users}, in float32 and unrounded: it has no files of its own."
+        )
+    inner = [code(each.entry) for each in lineage.computed_in(step)]
+    return f"Computed in one pass over the weights with {listed(inner)}." if inner else ""
 
 
 def field_rows(lineage: Lineage, step: StepRecord) -> list[Row]:

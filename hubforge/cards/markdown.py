@@ -50,6 +50,11 @@ def code(value: object) -> str:
     return "<code>" + re.sub(r"[&<>|`*_\[\]\\~$]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: "a, b and c"; no mark in them is touched."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
 def prose(value: object) -> str:
     """The value as plain words, but for what stands between backticks, which stays code: docstrings are so written."""
     pieces = re.split(r"(?<!`)`([^`]+)`(?!`)", one_line(value))

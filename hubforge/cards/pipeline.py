@@ -19,6 +19,7 @@ class _Box:
     style: str
     column: int
     parents: tuple[str, ...]
+    dashed: bool = False  # it was computed in the pass of another, and has no files
     x: float = 0.0
     y: float = 0.0
     width: float = 0.0
@@ -34,12 +35,15 @@ def pipeline_picture(lineage: Lineage) -> str:
     _place(boxes, columns)
     names = ", ".join(box.name.split(".", 1)[-1] for box in steps)
     width = max(box.x + box.width for box in boxes.values()) + _PAD
-    picture = Picture(width, "How it was made", f"From the sources on the left, step by step: {names}.")
+    about = f"From the sources on the left, step by step: {names}."
+    if any(box.dashed for box in steps):
+        about += " What is dashed was computed in the pass of what follows, and has no files."
+    picture = Picture(width, "How it was made", about)
     for box in boxes.values():
         for parent in box.parents:
             _arrow(picture, boxes[parent], box, boxes)
     for box in boxes.values():
-        picture.rect(box.x, box.y, box.width, _BOX_HEIGHT, box.style, 6, f"{box.top}: {box.below}")
+        picture.rect(box.x, box.y, box.width, _BOX_HEIGHT, box.style, 6, f"{box.top}: {box.below}", box.dashed)
         light = " onend" if box.style == "end" else ""
         inner = box.width - 20
         middle = box.x + box.width / 2
@@ -75,7 +79,9 @@ def _boxes(lineage: Lineage) -> dict[str, _Box]:
             merged[step.name] = group
             boxes[group] = _Box(group, head, step.entry.split("/", 1)[1], style, column, parents)
         else:
-            boxes[step.name] = _Box(step.name, step.entry, step.op, style, column, parents)
+            fused = bool(step.fused_into)
+            below = f"{step.op}, no files" if fused else step.op
+            boxes[step.name] = _Box(step.name, step.entry, below, style, column, parents, dashed=fused)
     for box in boxes.values():  # a source first used late stands just before its user
         if not box.parents:
             uses = [other.column for other in boxes.values() if box.name in other.parents]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hubforge.cards.lineage import Lineage
-from hubforge.cards.markdown import HUB, code, is_repo, link, text, url
+from hubforge.cards.markdown import HUB, code, is_repo, link, listed, text, url
 from hubforge.cards.numbers import count, duration, size
 from hubforge.release import SourceRecord, StepRecord
 
@@ -42,12 +42,17 @@ def step_rows(lineage: Lineage) -> list[Row]:
             "Op": code(step.op),
             "Key": code(step.key[:SHORT_KEY]),
             "Started (UTC)": text(step.started.replace("T", " ").removesuffix("+00:00").removesuffix("Z")[:19]),
-            "Took": duration(step.seconds),
+            "Took": _took(lineage, step),
             "Machine": machine(step) if len(machines) > 1 else "",
             "Same bytes again": "" if step.exact else "not promised",
         }
         for step in steps
     ]
+
+
+def _took(lineage: Lineage, step: StepRecord) -> str:
+    passes = lineage.passes_of(step)
+    return f"in {listed([code(name) for name in passes])}" if passes else duration(step.seconds)
 
 
 def shown_steps(lineage: Lineage) -> list[StepRecord]:

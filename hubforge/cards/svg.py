@@ -58,11 +58,19 @@ class Picture:
         self._parts.append(f'<line {ends} class="{style}"/>')
 
     def rect(
-        self, x: float, y: float, width: float, height: float, style: str, radius: float = 0, hint: str = ""
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        style: str,
+        radius: float = 0,
+        hint: str = "",
+        dashed: bool = False,
     ) -> None:
         """A rectangle; hint is what a pointer over it shows where the file is opened by itself."""
         size = f'x="{number(x)}" y="{number(y)}" width="{number(width)}" height="{number(height)}"'
-        rounded = f' rx="{number(radius)}"' if radius else ""
+        rounded = (f' rx="{number(radius)}"' if radius else "") + (' stroke-dasharray="4 3"' if dashed else "")
         body = f"><title>{escape(_printable(hint))}</title></rect>" if hint else "/>"
         self._parts.append(f'<rect {size}{rounded} class="{style}"{body}')
 

@@ -85,6 +85,31 @@ def test_nothing_is_said_of_the_unknown(which: str, target: str, request: pytest
         assert not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", shown), word
 
 
+def test_what_was_computed_in_one_pass_says_so(rich_release: Release) -> None:
+    files = render(rich_release, "weights")
+    page = files["README.md"].decode()
+    made = page.split("## How it was made")[1]
+    within, end = made.split("`tuned` (`apply`)")[1].split("`healed` (`slerp`)")[:2]
+    assert "Computed in one pass over the weights with `healed`, in float32 and unrounded: it has no files" in within
+    assert "Computed in one pass over the weights with `tuned`." in end
+    assert page.count("in one pass") == 2  # `styled` has files, so nothing is said of it.
+    assert "| in `stages.healed` |" in page
+    picture = files["assets/pipeline.svg"].decode()
+    assert picture.count("stroke-dasharray") == 1 and "tuned: apply, no files" in picture
+
+
+def test_passes_of_other_repositories_are_named_only_where_there_are_no_others(rich_release: Release) -> None:
+    def page(*fused_into: str) -> str:
+        steps = [
+            step.model_copy(update={"fused_into": fused_into}) if step.name == "stages.tuned" else step
+            for step in rich_release.steps
+        ]
+        return readme(rich_release.model_copy(update={"steps": tuple(steps)}), "weights")
+
+    assert "with `healed`, in" in page("stages.other", "stages.healed")
+    assert "with `other` and `third`, in" in page("stages.other", "stages.third")
+
+
 def test_the_sparse_page_has_only_the_sections_it_can_fill(sparse_release: Release) -> None:
     headings = re.findall(r"^## (.*)$", readme(sparse_release, "weights"), flags=re.M)
     assert headings == ["How to use it", "What it is made of", "How it was made", "Where it comes from"]
