@@ -43,10 +43,7 @@ def read_tokens(folder: Path, name: str) -> Tokens:
     """The tokens of a model's folder; SourceError when there is no tokenizer.json, or one of no known form."""
     file = folder / FILE
     if not file.is_file():
-        mend = (
-            "Vocabularies are matched by tokenizer.json; AutoTokenizer.from_pretrained(...).save_pretrained writes one."
-        )
-        raise SourceError(f"{name} has no {FILE}", where=str(folder), mend=mend)
+        raise SourceError(f"{name} has no {FILE}", where=str(folder), mend=_how_to_make_one(folder))
     data = read_json(file)
     model = data.get("model") if isinstance(data, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -69,6 +66,24 @@ def read_tokens(folder: Path, name: str) -> Tokens:
     ):
         raise SourceError("has a token whose id is not a number", where=str(file))
     return Tokens(file, data, ids, added)
+
+
+def _how_to_make_one(folder: Path) -> str:
+    """The commands that make tokenizer.json of the files that are there.
+
+    They are not run here: what they write differs between versions of Transformers, and no key holds that version.
+    """
+    held = {path.suffix: path.name for path in sorted(folder.iterdir()) if path.is_file()}
+    needs, of = "", "the tokenizer's files"
+    for suffix, packages in ((".tiktoken", " tiktoken"), (".model", " sentencepiece protobuf")):
+        if suffix in held:
+            needs, of = packages, held[suffix]
+    made = f"T.from_pretrained('.').backend_tokenizer.save('{FILE}')"
+    return (
+        f"Vocabularies are matched by {FILE}. Make it of {of}, in the folder or a copy of it that is then a source:\n"
+        f"  pip install transformers{needs}\n"
+        f'  python -c "from transformers import AutoTokenizer as T; {made}"'
+    )
 
 
 def united(base: Tokens, others: Sequence[Tokens], more: Sequence[str] = ()) -> Tokens:

@@ -1,6 +1,9 @@
 """Vocabularies brought to one: rows by the tokens' text, what stands in for a token that a model lacks, side files."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from hubforge.errors import SourceError, StepError
 from hubforge.stages.linear import Linear
 from hubforge.stages.task_arithmetic import TaskArithmetic
+from hubforge.tensors.tokens import read_tokens
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -187,3 +191,33 @@ def test_real_tokenizers_united(tiny_llama, context, run_op, tmp_path):
         model.get_input_embeddings().weight[think],
         grown.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<|think|>")],
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("tokenizer.model", "Make it of tokenizer.model, .*\n  pip install transformers sentencepiece protobuf\n"),
+        ("qwen.tiktoken", "Make it of qwen.tiktoken, .*\n  pip install transformers tiktoken\n"),
+        ("merges.txt", "Make it of the tokenizer's files, .*\n  pip install transformers\n"),
+    ],
+)
+def test_without_tokenizer_json_the_command_that_makes_one_is_named(file, command, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text("")
+    with pytest.raises(SourceError, match=command) as caught:
+        read_tokens(tmp_path, "old")
+    assert "from transformers import AutoTokenizer as T; T.from_pretrained('.').backend_tok" in str(caught.value)
+
+
+def test_that_command_makes_one(tmp_path):
+    """Of the files of a byte-level BPE, which need no further package."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    ByteLevelBPETokenizer({"a": 0, "b": 1, "ab": 2}, [("a", "b")]).save_model(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SourceError) as caught:
+        read_tokens(tmp_path, "old")
+    command = str(caught.value).splitlines()[-1].strip()
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert read_tokens(tmp_path, "old").ids.items() >= {"a": 0, "b": 1, "ab": 2}.items()
