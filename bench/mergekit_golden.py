@@ -51,6 +51,16 @@ CASES = {
         "per": THREE | {"density": [0.3, 0.5, 0.7]},
         "all": {"normalize": False, "lambda": 0.7},
     },
+    "ties rescaled": {
+        "base": "base",
+        "per": THREE | {"density": [0.3, 0.5, 1.0]},
+        "all": {"normalize": True, "rescale": True},
+    },
+    "breadcrumbs rescaled": {
+        "base": "base",
+        "per": THREE | {"density": [0.5] * 3, "gamma": [0.1] * 3},
+        "all": {"rescale": True},
+    },
     "breadcrumbs": {"base": "base", "per": THREE | {"density": [0.5] * 3, "gamma": [0.1] * 3}},
     "breadcrumbs_ties": {"base": "base", "per": THREE | {"density": [0.5] * 3, "gamma": [0.1] * 3}},
     "model_stock": {"base": "base"},

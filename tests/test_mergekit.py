@@ -245,6 +245,8 @@ MODELS = "base_model: o/m\nmodels: [{model: o/m}, {model: o/a, parameters: {weig
         ("della", "{density: 0.5, epsilon: 0.1, lambda: 1.1}", "della", {"epsilon": 0.1, "scale": 1.1}),
         ("breadcrumbs", "{density: 0.9, gamma: 0.02}", "breadcrumbs", {"density": 0.9, "gamma": 0.02}),
         ("ties", "{}", "ties_models", {"density": 1.0}),
+        ("ties", "{density: 0.3, rescale: true}", "ties_models", {"density": 0.3, "rescale": True}),
+        ("task_arithmetic", "{rescale: true}", "task_arithmetic", {"model": "m", "weights": [0.3]}),
         ("sce", "{select_topk: 0.1}", "sce", {"select_topk": 0.1}),
         ("nearswap", "{t: 1e-3}", "nearswap", {"t": 0.001}),
         ("arcee_fusion", "{}", "arcee_fusion", {"base_model": "m", "models": ["a"]}),
@@ -307,7 +309,6 @@ dtype: float64
     assert [loss.partition(":")[0] for loss in losses] == [
         "dtype float64",
         "parameter colour",
-        "rescale",
         "chat_template chatml",
     ]
 

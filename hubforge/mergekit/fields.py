@@ -24,7 +24,6 @@ PER_MODEL: dict[str, dict[str, str]] = {
     "passthrough": {"scale": "scale"},
 }
 _TASK_VECTORS = tuple(method for method, names in PER_MODEL.items() if "density" in names)
-_RESCALING = ("dare_linear", "dare_ties", "della", "della_linear")
 SHARED: dict[str, dict[str, str]] = {
     "linear": {"normalize": "normalize"},
     "slerp": {"t": "t"},
@@ -183,12 +182,11 @@ class Merge:
 
     def mended(self, fields: Data) -> Data:
         """The fields where ours and mergekit's are not one to one."""
-        if self.method not in _RESCALING and fields.pop("rescale", False):
-            self.into.losses.tell(f"rescale: {self.method} keeps what it keeps at its size")
         if self.method == "nuslerp" and self.setting("nuslerp_flatten") is False:
             fields["along"] = "columns" if self.setting("nuslerp_row_wise") else "rows"
         if self.method == "task_arithmetic":
-            fields["density"] = 1.0  # mergekit does not look at it
+            fields["density"] = 1.0  # mergekit looks neither at it nor at `rescale`
+            fields.pop("rescale", None)
             if not fields.get("normalize"):
                 fields = {"op": "task_arithmetic", "model": fields["base_model"]} | fields
                 for name in ("base_model", "density", "normalize"):

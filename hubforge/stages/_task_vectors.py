@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_FACTOR = "factor of "  # and a model's place in the list: what its task vector is scaled by
+
+
 class TaskVectors(FromBase):
     """The base model plus a sum of the models' task vectors Δᵢ = Wᵢ − W, each thinned out first."""
 
@@ -48,25 +51,53 @@ class ByMagnitude(TaskVectors):
     """Task vectors of which some of the largest elements are chosen: at a threshold that is measured first."""
 
     density: PerModel
+    rescale: bool = Field(
+        False,
+        description="Whether what is kept of a task vector is scaled so that its magnitudes sum up to those of the "
+        "whole, which takes a pass more; mergekit's `rescale`.",
+    )
 
     def counts(self, index: int, at: Place) -> list[int]:
         """How many of the largest elements of a model's task vector to choose, for each choice that is made."""
         raise NotImplementedError
 
+    def chosen(self, delta: Tensor, index: int, at: Place) -> Tensor:
+        """The task vector of one model with what is not chosen set to zero; `delta` itself where all of it is."""
+        raise NotImplementedError
+
+    def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
+        chosen, factor = self.chosen(delta, index, at), at.totals.get(f"{_FACTOR}{index}")
+        return chosen if factor is None else chosen.mul_(factor)
+
     def measures(self) -> int:
-        return TURNS if any(density < 1 for density in values_of(self.density)) else 0
+        return TURNS + int(self.rescale) if any(density < 1 for density in values_of(self.density)) else 0
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, Any]:
         def delta(model: str) -> Tensor:
             return w[model] - w[self.base_model]
 
-        chosen = {
-            index: model for index, model in indexed(self.models, w) if self.of_model(self.density, index, at) < 1
-        }
-        return survey({str(index): partial(delta, model) for index, model in chosen.items()}, at)
+        thin = {index: model for index, model in indexed(self.models, w) if self.of_model(self.density, index, at) < 1}
+        if at.turn == TURNS:
+            wholes = {index: delta(model) for index, model in thin.items()}
+            return {str(index): (_size(whole), _size(self.chosen(whole, index, at))) for index, whole in wholes.items()}
+        return survey({str(index): partial(delta, model) for index, model in thin.items()}, at)
 
     def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
+        if at.turn == TURNS:
+            sizes = {
+                name: [sum(size) for size in zip(*(each[name] for each in found), strict=True)] for name in found[0]
+            }
+            # As in mergekit: what is as good as zero stays.
+            factors = {name: whole / kept for name, (whole, kept) in sizes.items() if min(whole, kept) >= 1e-7}
+            return {**at.totals, **{f"{_FACTOR}{name}": factor for name, factor in factors.items()}}
         return narrow(found, {name: self.counts(int(name), at) for name in found[0] if name.isdecimal()}, at)
+
+
+def _size(tensor: Tensor) -> float:
+    """The sum of the magnitudes."""
+    import torch
+
+    return float(torch.sum(tensor.abs(), dtype=torch.float64))
 
 
 def elements(at: Place) -> int:

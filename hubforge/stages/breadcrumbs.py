@@ -49,7 +49,7 @@ class Breadcrumbs(ByMagnitude):
         outliers = min(int(self.of_model(self.gamma, index, at) * n), n - kept)
         return [outliers, outliers + kept]
 
-    def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
+    def chosen(self, delta: Tensor, index: int, at: Place) -> Tensor:
         if str(index) not in at.totals:
             return delta
         outliers, both = at.totals[str(index)]

@@ -41,6 +41,6 @@ class TiesModels(ByMagnitude):
         # At least one, as in mergekit: a norm of a few elements keeps its largest.
         return [max(1, int(self.of_model(self.density, index, at) * elements(at)))]
 
-    def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
+    def chosen(self, delta: Tensor, index: int, at: Place) -> Tensor:
         cuts = at.totals.get(str(index))
         return largest(delta, cuts[0], at) if cuts else delta

@@ -29,6 +29,8 @@ CASES = {
     "task_arithmetic": {"model": "base", "models": MODELS, "weights": WEIGHTS, "scale": 0.8},
     "ties": THREE | {"weights": WEIGHTS, "density": [0.3, 0.5, 0.7]},
     "ties sum": THREE | {"weights": WEIGHTS, "density": [0.3, 0.5, 0.7], "normalize": False, "scale": 0.7},
+    "ties rescaled": THREE | {"weights": WEIGHTS, "density": [0.3, 0.5, 1.0], "rescale": True},
+    "breadcrumbs rescaled": THREE | {"weights": WEIGHTS, "density": 0.5, "gamma": 0.1, "rescale": True},
     "breadcrumbs": THREE | {"weights": WEIGHTS, "density": 0.5, "gamma": 0.1},
     "breadcrumbs_ties": THREE | {"weights": WEIGHTS, "density": 0.5, "gamma": 0.1},
     "model_stock": THREE,

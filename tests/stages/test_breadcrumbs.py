@@ -46,3 +46,10 @@ def test_against_a_sort_in_float64(merge, family):
 def test_wrong_shares(fields, message):
     with pytest.raises(ValueError, match=message):
         Breadcrumbs(base_model="m", models=["a"], **fields)
+
+
+def test_what_is_kept_can_be_scaled_to_the_size_of_the_whole(merge):
+    w = {"m": [0.0] * 4, "a": [8.0, -4.0, 2.0, 2.0]}
+    # Without the largest and the two smallest -4 is left, of magnitudes that sum up to 16.
+    op = Breadcrumbs(base_model="m", models=["a"], density=0.25, gamma=0.25, rescale=True)
+    assert merge(op, w, rows=2).tolist() == [0.0, -16.0, 0.0, 0.0]

@@ -15,6 +15,15 @@ def test_by_hand(merge):
     assert merge(TiesModels(base_model="m", models=["a", "b"], density=0.5), w).tolist() == [5.0, -2.0, 4.0, 1.0]
 
 
+def test_what_is_kept_can_be_scaled_to_the_size_of_the_whole(merge):
+    w = {"m": [1.0, 1.0, 1.0, 1.0], "a": [4.0, 0.0, 2.0, 2.0], "b": [1.0, 1.0, 1.0, 1.0]}
+    # Of (3, -1, 1, 1), whose magnitudes sum up to 6, a quarter is 3. b changes nothing, and so stays.
+    op = TiesModels(base_model="m", models=["a", "b"], density=0.25, rescale=True)
+    assert merge(op, w).tolist() == [7.0, 1.0, 1.0, 1.0] and merge(op, w, rows=1).tolist() == [7.0, 1.0, 1.0, 1.0]
+    assert op.measures() == op.model_copy(update={"rescale": False}).measures() + 1
+    assert op.model_copy(update={"density": 1.0}).measures() == 0
+
+
 def test_signs_are_elected_after_weighting(merge):
     w = {"m": [0.0], "a": [3.0], "b": [-2.0]}
     op = TiesModels(base_model="m", models=["a", "b"], weights=[0.1, 10.0], density=1)
