@@ -48,8 +48,12 @@ class TaskArithmetic(Models):
         return super().changes(name, present) and self.scale != 0
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
-        base = w[self.model]
-        merged = base.clone()
+        import torch
+
+        base = merged = w[self.model]
         for index, model in indexed(self.models, w):
-            merged.add_(w[model] - base, alpha=self.scale * self.of_model(self.weights, index, at))
+            delta, weight = w[model] - base, self.scale * self.of_model(self.weights, index, at)
+            merged = (
+                torch.add(base, delta, alpha=weight, out=delta) if merged is base else merged.add_(delta, alpha=weight)
+            )
         return merged

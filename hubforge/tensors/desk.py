@@ -7,12 +7,15 @@ measure, then to write), its rows stay in memory as they were read, as far as th
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hubforge.tensors.reader import Checkpoint
 
 
 class Kept:
@@ -45,39 +48,51 @@ class Kept:
 
 
 class Desk(threading.local):
-    """One per run; every thread that touches it has its own."""
+    """One per run; every thread that touches it has its own. shared: whether several ops read the same rows."""
 
-    def __init__(self, kept: Kept | None = None) -> None:
+    def __init__(self, kept: Kept | None = None, *, shared: bool = True) -> None:
         self.device = "cpu"
-        self._kept = kept or Kept(0)
-        self._found: dict[Hashable, Tensor] = {}
+        self._kept, self._shared = kept or Kept(0), shared
+        self._found: dict[Hashable, weakref.ref[Tensor]] = {}
+        self._held: list[Tensor] = []
         self._factors: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._tensor, self._passes = "", 1
 
     def start(self, tensor: str = "", passes: int = 1) -> None:
         """Clear the desk for another block. passes: how often its rows are needed from now on, this time included."""
         self._found.clear()
+        self._held.clear()
         self._tensor, self._passes = tensor, passes
 
     def found(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What was read or computed under that key for this block, made when first asked for."""
-        if key not in self._found:
-            self._found[key] = make()
-        return self._found[key]
+        """What was read or computed under that key for this block.
+
+        A single op that writes asks once for all but its base, so what it has dropped is not held for it: the next
+        rows take that place in the cache.
+        """
+        known = self._found.get(key)
+        rows = known() if known is not None else None
+        if rows is None:
+            rows = make()
+            self._found[key] = weakref.ref(rows)
+            if self._shared or self._passes > 1:
+                self._held.append(rows)
+        return rows
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """A clean desk for a look at rows beside this block's, whose things lie on it again afterwards."""
-        held = self._found, self._tensor, self._passes
-        self._found, self._tensor, self._passes = {}, "", 1
+        before = self._found, self._held, self._tensor, self._passes
+        self._found, self._held, self._tensor, self._passes = {}, [], "", 1
         try:
             yield
         finally:
-            self._found, self._tensor, self._passes = held
+            self._found, self._held, self._tensor, self._passes = before
 
-    def read(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """Rows of a file as float32 on this thread's device."""
-        return self.found(key, lambda: self._on_device(self._raw(key, read)).float())
+    def read(self, checkpoint: Checkpoint, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a file's tensor, float32 on this thread's device."""
+        key = (id(checkpoint), name, first, last)
+        return self.found(key, lambda: self._on_device(self._raw(key, checkpoint)).float())
 
     def factors(self, key: Hashable, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """An adapter's factors of the module last asked for, float32 on this thread's device."""
@@ -88,11 +103,11 @@ class Desk(threading.local):
             self._factors[key] = self._on_device(a), self._on_device(b)
         return self._factors[key]
 
-    def _raw(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
+    def _raw(self, key: tuple[int, str, int, int], checkpoint: Checkpoint) -> Tensor:
         kept = self._kept.get(self._tensor, key, last=self._passes == 1)
         if kept is not None:
             return kept
-        rows = read()
+        rows = checkpoint.read_rows(*key[1:])
         if self._passes > 1:
             self._kept.put(self._tensor, key, rows)
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ SMALL_FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})  
 COUNTERS = frozenset({"BOOL", "I16", "I32", "I64", "U16", "U32", "U64"})  # of buffers such as position_ids
 
 
+@cache
 def torch_dtype(name: str) -> torch.dtype | None:
     """torch's type for a safetensors dtype name; None for the packed 4- and 6-bit ones."""
     import torch

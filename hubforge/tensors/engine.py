@@ -49,7 +49,7 @@ def run_tensor_op(
         devices = ["cpu"]
     with ExitStack() as stack:
         kept = Kept(ctx.settings.memory // _KEPT)
-        desk = Desk(kept)
+        desk = Desk(kept, shared=bool(ctx.fused))
         folder, ops = started_from(ctx, op.base_ref).path, ops_from_base(op, ctx)
         config = check_side_files(folder)
         link = open_chain(op, ctx, Opened(stack, desk))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from hubforge.errors import SourceError
 
@@ -27,6 +28,7 @@ def canonical(name: str) -> str:
     return name
 
 
+@lru_cache(1 << 14)
 def layer_of(name: str) -> int | None:
     """The decoder layer a tensor lies in; None for embeddings, heads, final norms, and everything in a tower."""
     found = _LAYER.match(canonical(name))

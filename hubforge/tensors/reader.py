@@ -223,7 +223,7 @@ class Checkpoint:
         if dtype is None:
             raise SourceError(f"tensor {_quote(name)} is {info.dtype}, which torch cannot hold", where=str(info.file))
         shape = (last - first, *info.shape[1:]) if info.shape else ()
-        return self.read_bytes(name, first, last).view(dtype).reshape(shape)
+        return self.read_bytes(name, first, last).view(dtype).view(shape)
 
     def read_bytes(self, name: str, first: int, last: int) -> Tensor:
         """The bytes of rows [first, last), as uint8."""
@@ -237,7 +237,7 @@ class Checkpoint:
 
     def rows_on(self, desk: Desk, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last), float32 on the desk's device."""
-        return desk.read((id(self), name, first, last), lambda: self.read_rows(name, first, last))
+        return desk.read(self, name, first, last)
 
     def expect(self, name: str, first: int, last: int) -> None:
         """Ask the kernel to have rows [first, last) in memory soon."""
@@ -262,6 +262,8 @@ class Checkpoint:
             done += got
 
     def _descriptor(self, file: Path) -> int:
+        if file in self._files:
+            return self._files[file]
         with self._lock:
             if file not in self._files:
                 try:

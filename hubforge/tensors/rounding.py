@@ -15,6 +15,7 @@ from hubforge.tensors.random import uniform
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+_AT_ONCE = 1 << 16  # elements measured at once: with what is made of them they stay in the cache of a core
 LOW = 0.9  # below this the merge is not the one that was asked for
 
 
@@ -48,13 +49,17 @@ def gain_sums(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, flo
     """(<rounded - W, merged - W>, <merged - W, merged - W>) of some rows."""
     import torch
 
-    intended = (merged - base).flatten()
-    if rounded.dtype == torch.float32:
-        square = float(intended.dot(intended))
-        return square, square
-    error = rounded.float().sub_(merged).flatten()
-    sums = torch.stack([intended.dot(error), intended.dot(intended)]).tolist()
-    return sums[0] + sums[1], sums[1]
+    step = _AT_ONCE if merged.device.type == "cpu" else max(merged.numel(), 1)
+    rows = zip(*(each.reshape(-1).split(step) for each in (base, merged, rounded)), strict=True)
+    intended, error = torch.empty((2, step), device=merged.device)
+    square = product = 0.0
+    for before, wanted, stored in rows:
+        one, other = intended[: len(wanted)], error[: len(wanted)]
+        torch.sub(wanted, before, out=one)
+        square += float(one.dot(one))
+        if rounded.dtype != torch.float32:
+            product += float(one.dot(other.copy_(stored).sub_(wanted)))
+    return square + product, square
 
 
 def gain_metrics(sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hubforge.tensors.layout import GB, Layout, Slot, lay_out
 from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.writer import Piece, piece_of
 
-BLOCK = 1 << 18  # elements computed at once: 1 MB of float32, which stays in the cache of a core
+BLOCK = 1 << 18  # elements computed at once: 1 MB of float32; fewer would cost more in calls than the cache gives back
 PIECE = 32  # blocks written and journalled together
 
 
@@ -24,6 +24,7 @@ class Target:
     blocks: tuple[tuple[int, int], ...]  # rows [first, last)
     measures: Sequence[Sequence[Measure]]  # pass by pass
     inputs: int  # tensors from files that have part in it
+    hides: bool  # whether NaN in an input may not show in it
 
     @property
     def name(self) -> str:
@@ -59,7 +60,8 @@ def plan_targets(link: Link) -> tuple[list[Target], Layout]:
         info, copied = infos[name], link.copied(name)
         blocks = _blocks(info, info.rows if not copied and link.whole(name) else None)
         measures = [] if copied else link.measures(name)
-        targets.append(Target(slot, copied, link.leaf(name), blocks, measures, len(list(link.files(name)))))
+        inputs = len(list(link.files(name)))
+        targets.append(Target(slot, copied, link.leaf(name), blocks, measures, inputs, link.hides(name)))
     return targets, layout
 
 

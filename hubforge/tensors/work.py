@@ -6,9 +6,9 @@ of blocks is combined in their order: so the bytes depend on none of these.
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,7 @@ class Work:
         # One intra-op thread each: more would compete, and change the order of sums.
         torch.set_num_threads(1)
         _keep_freed_memory()
+        gc.freeze()  # The collector would walk over all that the imports left, again and again.
         workers = [
             threading.Thread(target=self._work, args=(device,), name=f"merge-{i}", daemon=True)
             for i, device in enumerate(devices)
@@ -109,6 +110,7 @@ class Work:
             self.stopped.set()
             for worker in workers:
                 worker.join()
+            gc.unfreeze()
             torch.set_num_threads(before)
         if self.error:
             raise self.error
@@ -171,7 +173,7 @@ class Work:
         target = job.target
         if not self.surveys[target.name].wait(job.turn, self.stopped):
             return
-        crc = offset = 0
+        offset = 0
         sums = [0.0, 0.0]
         for block in range(job.first, job.last):
             self.desk.start(target.name)
@@ -182,11 +184,10 @@ class Work:
                 sums[0] += kept
                 sums[1] += intended
             view = memoryview(data.numpy())
-            crc = zlib.crc32(view, crc)
             self.writer.write(piece, offset, view)
             offset += len(view)
         facts = None if target.copied else sums
-        self.writer.finish(piece, crc, facts)
+        self.writer.finish(piece, facts)
         with self.lock:
             self._keep(job, facts)
             self.done += piece.end - piece.start
@@ -210,15 +211,15 @@ class Work:
         import torch
 
         (checkpoint, name), (first, last) = target.leaf, target.blocks[block]
+        base = checkpoint.rows_on(self.desk, name, first, last)  # first, so that the ops find it read
         merged = self.link.rows(target.name, first, last)
-        base = checkpoint.rows_on(self.desk, name, first, last)
         rounded = self._round(target, merged, first)
         kept, intended = gain_sums(base, merged, rounded)
         # The sums are finite when all values are.
         if self.link.op.nan == "error":
             if not math.isfinite(kept + intended) and not is_finite(rounded.float()):
                 rounded = self._only_shared_infinities(target, rounded, base, first, last)
-            elif self.link.hides(target.name):
+            elif target.hides:
                 for _, held, own in self.link.files(target.name):
                     if not is_finite(held.rows(own, first, last)):
                         raise self._not_finite(target, base, first, last)

@@ -65,6 +65,7 @@ class Writer:
         self.folder, self.layout = folder, layout
         self.finished: dict[str, Any] = {}
         self._plan = hashlib.sha256(plan.encode()).hexdigest()
+        self._sums: dict[str, int] = {}  # of the pieces that are being written
         self._journal_lock = threading.Lock()
         recorded = self._read_journal()
         if recorded is None:
@@ -78,14 +79,15 @@ class Writer:
             self._journal = (folder / JOURNAL).open("ab")
             self._append({})  # Ends a line that the kill may have cut short.
             for piece in pieces:
-                crc, facts = recorded.get(piece.key, (None, None))
-                if crc is not None and self._checksum(piece) == crc:
+                total, facts = recorded.get(piece.key, (None, None))
+                if total is not None and self._checksum(piece) == total:
                     self.finished[piece.key] = facts
                     self._mark(piece)
 
     def write(self, piece: Piece, offset: int, data: memoryview) -> None:
-        """Put bytes at `offset` within a piece. Then `finish` it."""
+        """Put bytes at `offset` within a piece, of which one thread writes each byte once. Then `finish` it."""
         shard = self._shards[piece.file]
+        self._sums[piece.key] = checksum(data, offset, self._sums.get(piece.key, 0))
         done = 0
         while done < len(data):
             try:
@@ -100,9 +102,9 @@ class Writer:
             finally:
                 shard.lock.release()
 
-    def finish(self, piece: Piece, crc: int, facts: Any = None) -> None:
-        """Record a piece as written. crc: zlib.crc32 of its bytes. facts: JSON, given back after a kill."""
-        self._append({"piece": piece.key, "crc": crc, "facts": facts})
+    def finish(self, piece: Piece, facts: Any = None) -> None:
+        """Record a piece as written. facts: JSON, given back after a kill."""
+        self._append({"piece": piece.key, "sum": self._sums.pop(piece.key, 0), "facts": facts})
         self._mark(piece)
 
     def close(self) -> None:
@@ -174,14 +176,14 @@ class Writer:
             shard.hashed += len(data)
 
     def _checksum(self, piece: Piece) -> int:
-        crc, at = 0, piece.start
+        total, at = 0, piece.start
         while at < piece.end:
             data = os.pread(self._shards[piece.file].descriptor, min(_CHUNK, piece.end - at), at)
             if not data:
                 return -1
-            crc = zlib.crc32(data, crc)
+            total = checksum(memoryview(data), at - piece.start, total)
             at += len(data)
-        return crc
+        return total
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry, separators=(",", ":"))
@@ -205,7 +207,22 @@ class Writer:
                 entries.append(json.loads(text))
         if not entries or entries[0].get("plan") != self._plan:
             return None
-        return {entry["piece"]: (entry["crc"], entry["facts"]) for entry in entries if "piece" in entry}
+        return {entry["piece"]: (entry["sum"], entry["facts"]) for entry in entries if "sum" in entry}
+
+
+def checksum(data: memoryview, offset: int, before: int = 0) -> int:
+    """The sum, modulo 2^64, of a piece's bytes as little-endian words of 64 bits; `data` lies at `offset` in the piece.
+
+    It tells a write that was lost or torn, of which zeros are left, and takes a tenth of the time of a CRC, which
+    would be a tenth of a merge's. before: the sum of the bytes before these.
+    """
+    import numpy as np
+
+    head = min(-offset % 8, len(data))  # up to the next whole word
+    tail = len(data) - (len(data) - head) % 8
+    words = np.frombuffer(data[head:tail], "<u8").sum(dtype=np.uint64)
+    first = int.from_bytes(data[:head], "little") << 8 * (offset % 8)
+    return (before + first + int(words) + int.from_bytes(data[tail:], "little")) & 0xFFFFFFFFFFFFFFFF
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -241,7 +241,7 @@ KILLED = textwrap.dedent("""
         recorded = Path(out, "journal.jsonl").read_text().count("piece") if Path(out, "journal.jsonl").exists() else 0
         if Path(out, "journal.jsonl").exists() and die_after < 0:
             with Path(out, "journal.jsonl").open("ab") as file:  # a line that the kill tore
-                file.write(b'00000000 {"piece": "model.norm.weight/0", "crc": 0')
+                file.write(b'00000000 {"piece": "model.norm.weight/0", "sum": 0')
         if (pid := os.fork()) == 0:
             ctx = Context("s", Path(out), {"m": Artifact("m", "model", "key", folder)})
             metrics = engine.run_tensor_op(Centred(model="m", max_shard_size=2e-6), ctx, threads=2)
