@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 from hubforge.errors import SourceError
 from hubforge.tensors import dtypes
 from hubforge.tensors.names import Aliases
+from hubforge.tensors.quantised import config_beside
 from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# In Transformers 5, the models with layers whose weights are (in_features, out_features), and what these are called.
+_WITH_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+_CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 _PREFIX = "base_model.model."
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _BASE = re.compile(r"(?P<module>.+?)\.base_layer\.weight")
@@ -270,13 +274,14 @@ class Adapter:
         Names are matched across `model.` and `model.language_model.`. SourceError for a module that the base lacks,
         and for a delta of another shape.
         """
-        aliases = Aliases(base, str(base.path))
+        aliases, is_conv1d = Aliases(base, str(base.path)), config_beside(base.path).get("model_type") in _WITH_CONV1D
         found: dict[str, LoraModule] = {}
         for module in self.modules.values():
             tensor = aliases.find(f"{module.name}.weight")
             if tensor is None:
                 raise self._not_in(base, module)
             info = base.info(tensor)
+            module = _as_stored(module, info, is_conv1d)
             self._check_shape(f"the delta of {module.name}", module.shape, info)
             found[tensor] = module
         return found
@@ -313,6 +318,21 @@ class Adapter:
     def _trained_on(self) -> str:
         base = self.config.base_model
         return f"It was trained on {base}; is that this model?" if base else "Was it trained on another model?"
+
+
+def _as_stored(module: LoraModule, info: TensorInfo, is_conv1d: bool) -> LoraModule:
+    """The module, transposed or not as the base stores it.
+
+    PEFT goes by each layer's class; `fan_in_fan_out` in the config is only that of the layer it came to last. The shape
+    tells, or of a square matrix the name, in a model that has layers of that class.
+    """
+    outputs, inputs = module.b.shape[0], module.a.shape[1]
+    if module.embedding or info.shape not in ((outputs, inputs), (inputs, outputs)):
+        return module
+    transposed = info.shape == (inputs, outputs)
+    if inputs == outputs:
+        transposed = module.name.rpartition(".")[2] in _CONV1D if is_conv1d else module.transposed
+    return replace(module, transposed=transposed)
 
 
 def delta(module: LoraModule, a: Tensor, b: Tensor, first: int = 0, last: int | None = None) -> Tensor:

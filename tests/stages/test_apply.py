@@ -122,7 +122,8 @@ def tiny_gpt2(folder):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    sizes = {"vocab_size": 96, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, tie_word_embeddings=False)
     GPT2LMHeadModel(config).save_pretrained(folder)
     Tokenizer(WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
@@ -152,9 +153,10 @@ def dora_on(folder, base, *targets, spread=0.1, use_dora=True, **more):
         ("llama", ("embed_tokens", "q_proj"), {}),
         ("llama", ("embed_tokens",), {"use_rslora": True}),
         ("gpt2", ("c_attn", "c_fc", "c_proj"), {"fan_in_fan_out": True}),
+        ("gpt2", ("attn.c_proj", "c_fc", "lm_head"), {}),
         ("gpt2", ("c_attn", "wte"), {"fan_in_fan_out": True, "rank_pattern": {"wte": 2}}),
     ],
-    ids=["embeddings", "embeddings and rslora", "conv1d", "both"],
+    ids=["embeddings", "embeddings and rslora", "conv1d", "conv1d and linear", "both"],
 )
 def test_dora_by_columns_as_peft_merges_it(family, targets, more, tiny_llama, tmp_path, context, run_op, tensors_of):
     from peft import PeftModel
@@ -172,7 +174,7 @@ def test_dora_by_columns_as_peft_merges_it(family, targets, more, tiny_llama, tm
         torch.testing.assert_close(found[name], merged[name], rtol=1e-6, atol=1e-6)
         if not torch.equal(found[name], before[name].float()):
             changed.add(name.split(".")[-2])
-    assert changed == set(targets)
+    assert changed == {target.split(".")[-1] for target in targets}
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

@@ -32,6 +32,20 @@ def test_conv1d_layers_store_the_transpose(adapter_folder):
     assert only_delta(folder, first=1, last=2).tolist() == [[2, 20, 200]]
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_base_tells_which_layers_are_transposed(flag, adapter_folder, checkpoint_folder):
+    shapes = {"h.0.c_attn": (2, 3), "h.0.c_proj": (3, 3), "lm_head": (3, 3), "score": (3, 2)}
+    inputs = {"h.0.c_attn": 2, "h.0.c_proj": 3, "lm_head": 3, "score": 2}
+    modules = {name: (torch.ones(1, size), torch.ones(3, 1)) for name, size in inputs.items()}
+    tensors = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    config = {"model_type": "gpt2", "dtype": "float32"}
+    folder = checkpoint_folder("m", tensors, config=config)
+    # The flag of an adapter that PEFT made for both kinds is that of the last of them.
+    with open_checkpoint(folder) as base, open_adapter(adapter_folder("a", modules, fan_in_fan_out=flag)) as adapter:
+        found = {name: module.transposed for name, module in adapter.on(base).items()}
+    assert found == {name: name.startswith("h.") for name in tensors}
+
+
 def test_embeddings_are_transposed_too(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1}))
     key = "base_model.model.model.embed_tokens.lora_embedding_"
