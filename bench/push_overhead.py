@@ -26,9 +26,9 @@ from huggingface_hub.utils import disable_progress_bars
 
 from hubforge.events import silent
 from hubforge.hub import ensure_running, stop_running
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish._journal import Journal
 from hubforge.publish._release import publish_release
+from hubforge.publisher import Hub, Upload, UploadFile
 
 _BLOCK = 16 << 20
 _REPOSITORIES = 5  # of the publish that changes nothing

@@ -13,7 +13,8 @@ from typing import Any
 from hubforge.errors import SourceError
 from hubforge.events import Report
 from hubforge.lock import fetch
-from hubforge.op import FileDigest, Hub
+from hubforge.op import FileDigest
+from hubforge.publisher import Hub
 from hubforge.sources import Source
 from hubforge.store import LocalStore, write_json
 

@@ -1,4 +1,4 @@
-"""Op, TensorOp, Publisher, Ref, Artifact, Context: all that a contributor must read to add a step.
+"""Op, TensorOp, Ref, Artifact, Context: all that a contributor must read to add a step.
 
 An op is a frozen Pydantic model: its fields are its part of a recipe and its identity. A field whose type is a `Ref`
 is an edge of the graph. `run(ctx)` reads its inputs through `ctx`, writes its files under `ctx.out`, returns the facts
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic import Field as PydanticField
@@ -394,73 +394,3 @@ class TensorOp(Op):
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The output's config.json, from the base's; keys keep their order and what is unknown is kept."""
         return config
-
-
-@dataclass(frozen=True)
-class UploadFile:
-    """One file to push: its path in the repository, where its bytes are, and their digest (taken when written)."""
-
-    path: str
-    content: Path | bytes
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What one repository (or one folder of it) is to hold after a push."""
-
-    target: str  # the entry under `publish`
-    repo: str  # "namespace/name"
-    files: tuple[UploadFile, ...]
-    message: str  # of the commit
-    folder: str | None = None  # everything is pushed below it, but for the card at the root
-    tag: str | None = None
-    private: bool = False
-    collection: str | None = None  # slug, or title, of the collection that the repository joins
-    supersedes: tuple[str, ...] = ()  # repositories whose page then points to this one
-    take: Literal["ours", "theirs"] | None = None  # which card wins where people edited what hubforge wrote
-    prune: frozenset[str] = frozenset()  # paths that are not of this release and go all the same
-
-
-class Credentials(Protocol):
-    """Tokens that are good for one repository and for a short time, as a CI job gets them."""
-
-    def token(self, repo: str, *, fresh: bool = False) -> str:
-        """A token for that repository; fresh: a new one, since the last was refused. Raises PublishError."""
-        ...
-
-    def secrets(self) -> Iterable[str]:
-        """All that must never be printed."""
-        ...
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Which Hub, and as whom. The token never leaves this object: it has no place in reprs, logs or manifests."""
-
-    endpoint: str
-    token: str | None = field(default=None, repr=False)
-    patience: float = 1800.0  # seconds of waiting in all, for a Hub that limits or fails
-    name: str = ""  # what this Hub is known by on this machine, where its address changes
-    credentials: Credentials | None = field(default=None, repr=False)  # used in place of `token` to publish
-
-    def secrets(self) -> tuple[str, ...]:
-        """Every secret known of this Hub, so that it can be taken out of what is printed or written."""
-        held = self.credentials.secrets() if self.credentials else ()
-        return tuple(secret for secret in (self.token, *held) if secret)
-
-
-class Publisher(Op):
-    """Pushes what steps made. Never cached, idempotent, and able to read back what it pushed."""
-
-    makes: ClassVar[Kind] = "receipt"
-    staged: ClassVar[bool] = False  # True: its uploads may go through `publish.release`, all repositories together
-
-    @abstractmethod
-    def push(self, upload: Upload, hub: Hub, report: Callable[[Event], None]) -> Metrics:
-        """Make the repository hold those files in one commit, tag it, and read every digest back.
-
-        Returns {"repo", "commit", "url", "pushed": [paths], "unchanged": n, "bytes": n, "tag"}; raises PublishError,
-        or VerifyError when what is there is not what was pushed. An unchanged upload makes no commit.
-        """

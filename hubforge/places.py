@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hubforge.errors import HubforgeError
-from hubforge.op import Hub
 from hubforge.publish._keyless import job_credentials
+from hubforge.publisher import Hub
 
 PROJECT = (".git", ".hubforge", "pyproject.toml")  # what marks the top folder of a project
 

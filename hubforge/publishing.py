@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from hubforge.assemble import artifact_files, assemble
 from hubforge.errors import HubforgeError, PublishError
 from hubforge.events import Finished, Note, Report, Started, Warned
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish._earlier import RELEASE_LIMIT
 from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal, journal_path
@@ -23,6 +22,7 @@ from hubforge.publish._release import publish_release
 from hubforge.publish._remote import Remote, RemoteFile, Snapshot
 from hubforge.publish._sending import git_blob_oid
 from hubforge.publish._sums import sums_text
+from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.release import FILE_NAME, SUMS_NAME, CardRecord, File, Release, TargetRecord
 from hubforge.run import Runner
 from hubforge.sections import sections

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hubforge import catalog, marks
+from hubforge.complaints import closest, dotted, phrase, short
 from hubforge.errors import RecipeError, RecipeErrors
 from hubforge.evals._gates import Gate, GateSyntaxError, known_metrics, parse_gate
-from hubforge.op import Kind, Op, Publisher, Ref, Section
+from hubforge.op import Kind, Op, Ref, Section
+from hubforge.publisher import Publisher
 from hubforge.release import CardText
 from hubforge.sources import SourceSpec
 
@@ -126,7 +127,7 @@ class _Loader:
             self.finish()
         for key in data:
             if key not in KEYS:
-                self.wrong(f"there is no key {key!r} in a recipe", key, mend=_closest(key, KEYS))
+                self.wrong(f"there is no key {key!r} in a recipe", key, mend=closest(key, KEYS))
         name = self.plain("name", str)
         if isinstance(name, str) and not NAME.match(name):
             self.wrong(f"name is {name!r}, but may hold letters, digits, '-', '_' and '.' only", "name")
@@ -196,34 +197,8 @@ class _Loader:
             return model.model_validate(value)
         except ValidationError as error:
             for item in error.errors():
-                self.errors.append(self.phrase(model, value, path, item))
+                self.errors.append(phrase(self.marked, model, value, path, item))
             return None
-
-    def phrase(self, model: type[BaseModel], data: Any, path: tuple[str | int, ...], item: Any) -> RecipeError:
-        """One pydantic complaint as a sentence about the recipe."""
-        inside: list[str | int] = []
-        for part in item["loc"]:  # the names of union members are in it too: keep what is in the data
-            try:
-                data = data[part]
-            except (KeyError, IndexError, TypeError):
-                if item["type"] == "missing" and part == item["loc"][-1]:
-                    break
-                continue
-            inside.append(part)
-        dotted = _dotted((*path, *inside))
-        where = self.marked.where((*path, *inside))
-        known = model.model_fields
-        about = known[str(item["loc"][0])].description or "" if item["loc"] and item["loc"][0] in known else ""
-        if item["type"] == "missing":
-            return RecipeError(f"{dotted} needs {item['loc'][-1]!r}", where=where, mend=about)
-        if item["type"] == "extra_forbidden":
-            mend = _closest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else ""
-            return RecipeError(f"{_dotted(path)} has no field {item['loc'][-1]!r}", where=where, mend=mend)
-        message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if message.startswith("Input should be "):
-            must = message.removeprefix("Input should be ").removeprefix("a valid ")
-            return RecipeError(f"{dotted} is {_short(item['input'])}, but must be {must}", where=where, mend=about)
-        return RecipeError(f"{dotted}: {message}", where=where, mend=about)
 
     def read_sources(self) -> None:
         for name, value in self.mapping("sources").items():
@@ -291,17 +266,17 @@ class _Loader:
                 return []
             if ref in self.groups:
                 choices = ", ".join(self.groups[ref])
-                self.wrong(f"{_dotted(path)}: {ref!r} stands for several steps", *path, mend=f"Name one: {choices}.")
+                self.wrong(f"{dotted(path)}: {ref!r} stands for several steps", *path, mend=f"Name one: {choices}.")
                 return []
             fitting = [name for name in (*self.sources, *self.nodes) if self.kind_of(name) in ref.kinds]
-            mend = _closest(ref, fitting) or f"There is no {' or '.join(ref.kinds)} in this recipe yet."
-            self.wrong(f"{_dotted(path)} is {str(ref)!r}, and nothing has that name", *path, mend=mend)
+            mend = closest(ref, fitting) or f"There is no {' or '.join(ref.kinds)} in this recipe yet."
+            self.wrong(f"{dotted(path)} is {str(ref)!r}, and nothing has that name", *path, mend=mend)
             return []
         if self.kind_of(entries[0]) not in ref.kinds:
             fitting = [name for name in (*self.sources, *self.nodes) if self.kind_of(name) in ref.kinds]
             wanted, is_ = " or ".join(ref.kinds), self.kind_of(entries[0])
             mend = f"Of kind {wanted} there are: {', '.join(fitting)}." if fitting else f"There is no {wanted} yet."
-            self.wrong(f"{_dotted(path)} is {str(ref)!r}, which is a {is_}; it must be a {wanted}", *path, mend=mend)
+            self.wrong(f"{dotted(path)} is {str(ref)!r}, which is a {is_}; it must be a {wanted}", *path, mend=mend)
             return []
         return [f"sources.{name}" if name in self.sources else self.nodes[name].name for name in entries]
 
@@ -317,7 +292,7 @@ class _Loader:
                     inputs[str(ref)] = found[0]
                 form = self.nodes[ref].op.form if ref in self.nodes else ""
                 if form and (mend := node.op.misfit(str(inside[0]), form)):
-                    self.wrong(f"{_dotted(path)} is {str(ref)!r}, which is {_FORMS.get(form, form)}", *path, mend=mend)
+                    self.wrong(f"{dotted(path)} is {str(ref)!r}, which is {_FORMS.get(form, form)}", *path, mend=mend)
             linked[node.name] = Node(node.section, node.entry, node.op, node.where, inputs)
         sorter: TopologicalSorter[str] = TopologicalSorter()
         for name, node in linked.items():
@@ -371,7 +346,7 @@ class _Loader:
             form = self.nodes[ref].op.form if ref in self.nodes else ""
             if form and first.setdefault(form, ref) != ref:
                 path = ("publish", name, *inside)
-                what = f"{_dotted(path)} is {str(ref)!r}, {_FORMS.get(form, form)} as {str(first[form])!r} is"
+                what = f"{dotted(path)} is {str(ref)!r}, {_FORMS.get(form, form)} as {str(first[form])!r} is"
                 mend = "Their files have the same names: publish each under a `folder` of its own."
                 self.wrong(what, *path, mend=mend)
 
@@ -385,7 +360,7 @@ class _Loader:
         evals = {node.entry.partition("/")[0] for node in self.nodes.values() if node.section == "evals"}
         for index, text in enumerate(value):
             if not isinstance(text, str):
-                self.wrong(f"gates[{index}] is {_short(text)}, but must be a line of text", "gates", index)
+                self.wrong(f"gates[{index}] is {short(text)}, but must be a line of text", "gates", index)
                 continue
             try:
                 gate = parse_gate(text)
@@ -399,14 +374,14 @@ class _Loader:
                         f"gates[{index}] names {gate.eval!r}, and no eval has that name",
                         "gates",
                         index,
-                        mend=_closest(gate.eval, evals) or "Add it under `evals`.",
+                        mend=closest(gate.eval, evals) or "Add it under `evals`.",
                     )
                 continue
             steps = {node.entry: node for node in self.nodes.values() if node.entry.partition("/")[0] == gate.eval}
             if gate.on is not None and f"{gate.eval}/{gate.on}" not in steps:
                 models = [entry.partition("/")[2] for entry in steps]
                 self.wrong(f"gates[{index}] names {gate.on!r}, which {gate.eval} is not run on", "gates", index,
-                           mend=_closest(gate.on, models))  # fmt: skip
+                           mend=closest(gate.on, models))  # fmt: skip
                 continue
             op = next(iter(steps.values())).op
             metrics = known_metrics(op)
@@ -415,7 +390,7 @@ class _Loader:
                     f"gates[{index}]: {gate.eval} has no metric {gate.metric!r}",
                     "gates",
                     index,
-                    mend=_closest(gate.metric, metrics),
+                    mend=closest(gate.metric, metrics),
                 )
                 continue
             if gate.uses_baseline and getattr(op, "baseline", None) is None:
@@ -425,27 +400,7 @@ class _Loader:
             yield PlacedGate(gate, text, self.marked.where(("gates", index)))
 
 
-def _closest(word: str, known: Any) -> str:
-    """ "Did you mean ...?", else all there are when they are few."""
-    known = [str(name) for name in known]
-    if close := get_close_matches(str(word), known, n=1):
-        return f"Did you mean {close[0]!r}?"
-    return f"There are: {', '.join(known)}." if 0 < len(known) <= 20 else ""
-
-
 def _line(error: RecipeError) -> int:
     """The line of `recipes/x.yaml:41`; 0 for what is wrong with the whole file."""
     line = error.where.rpartition(":")[2]
     return int(line) if line.isdecimal() else 0
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
-    return text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from hubforge import marks
 from hubforge.errors import HubforgeError, SourceError, VerifyError
 from hubforge.events import Report
-from hubforge.op import Hub
 from hubforge.publish._earlier import RELEASE_LIMIT, release_path
 from hubforge.publish._remote import Remote
+from hubforge.publisher import Hub
 from hubforge.release import Release, SourceRecord, StepRecord
 from hubforge.store import write_json
 

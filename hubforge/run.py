@@ -19,8 +19,9 @@ from hubforge.errors import HubforgeError, LockError, StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Report, Started, silent
 from hubforge.facts import SourceFacts, gather
 from hubforge.machine import git_state, gpus, hardware, peak_memory
-from hubforge.op import Artifact, Context, Fused, Hub, Metrics, Op, Settings, TensorOp
+from hubforge.op import Artifact, Context, Fused, Metrics, Op, Settings, TensorOp
 from hubforge.plan import Plan, Step, op_name
+from hubforge.publisher import Hub
 from hubforge.sources import package_versions
 from hubforge.store import LocalStore, Manifest, digests, disk_errors
 

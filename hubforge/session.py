@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from hubforge import recipe as recipes
 from hubforge.errors import HubforgeError, LockError, RecipeError
 from hubforge.lock import lock_path, read_lock, resolve_online
-from hubforge.op import Hub, Settings
+from hubforge.op import Settings
 from hubforge.places import default_store, open_hub, real_hub
 from hubforge.plan import Plan, make, pinned
+from hubforge.publisher import Hub
 from hubforge.recipe import Recipe
 from hubforge.release import Release
 from hubforge.reporters import Reporter, choose

@@ -18,7 +18,6 @@ from typing import Any
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Progress, Report, silent
 from hubforge.keys import artifact_faults, key_faults
-from hubforge.op import Hub
 from hubforge.publish._access import is_local
 from hubforge.publish._card import CARD_LIMIT
 from hubforge.publish._earlier import RELEASE_LIMIT, find_target, release_path
@@ -28,6 +27,7 @@ from hubforge.publish._paths import path_fault, repo_fault, shown
 from hubforge.publish._remote import Remote, RemoteFile
 from hubforge.publish._sums import read_sums
 from hubforge.publish._vouched import by_hand_notes, table_faults, vouched_faults
+from hubforge.publisher import Hub
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
 from hubforge.sections import is_by_hand, keys_by_hand
 

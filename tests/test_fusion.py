@@ -8,7 +8,7 @@ import torch
 from hubforge import plan as plans
 from hubforge import recipe
 from hubforge.assemble import assemble
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from hubforge.run import Runner
 from hubforge.show import plan_data
 from hubforge.store import LocalStore

@@ -11,8 +11,9 @@ from hubforge import __version__, recipe
 from hubforge.assemble import assemble
 from hubforge.keys import artifact_faults, key_faults
 from hubforge.lock import resolve_locked
-from hubforge.op import Hub, Settings
+from hubforge.op import Settings
 from hubforge.publish._vouched import table_faults, vouched_faults
+from hubforge.publisher import Hub
 from hubforge.publishing import render
 from hubforge.release import Release
 from hubforge.reporters import Quiet

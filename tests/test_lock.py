@@ -9,7 +9,8 @@ from hubforge import recipe
 from hubforge.errors import LockError, SourceError
 from hubforge.events import Progress
 from hubforge.lock import fetch, lock_path, read_lock
-from hubforge.op import Hub, Settings
+from hubforge.op import Settings
+from hubforge.publisher import Hub
 from hubforge.reporters import Quiet
 from hubforge.session import Session
 from hubforge.store import LocalStore

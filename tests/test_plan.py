@@ -5,7 +5,7 @@ import pytest
 from hubforge import plan as plans
 from hubforge import recipe
 from hubforge.errors import LockError, RecipeError, SourceError
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from hubforge.run import Runner
 from hubforge.store import LocalStore
 

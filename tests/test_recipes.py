@@ -10,7 +10,8 @@ from typing import get_args
 import pytest
 
 from hubforge import recipe
-from hubforge.op import Hub, Settings
+from hubforge.op import Settings
+from hubforge.publisher import Hub
 from hubforge.reporters import Quiet
 from hubforge.session import Session
 from hubforge.store import LocalStore

@@ -9,7 +9,8 @@ import pytest
 
 from hubforge import recipe
 from hubforge.errors import GateError, PublishError, SourceError, VerifyError
-from hubforge.op import Hub, Settings
+from hubforge.op import Settings
+from hubforge.publisher import Hub
 from hubforge.release import FILE_NAME, Release
 from hubforge.reporters import Quiet
 from hubforge.session import Session

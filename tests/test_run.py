@@ -9,7 +9,7 @@ from hubforge import plan as plans
 from hubforge import recipe
 from hubforge.errors import StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Started
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from hubforge.run import Runner
 from hubforge.store import LocalStore
 

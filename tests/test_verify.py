@@ -12,9 +12,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Event, Progress, silent
 from hubforge.hub import LocalHub
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish._front_matter import front_matter_faults
 from hubforge.publish.hub import push
+from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.release import MetricRecord, Release, SourceRecord, TargetRecord
 from hubforge.verify import verify
 from tests.fixtures_publish import MakeUpload, Requests, digest

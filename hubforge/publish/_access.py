@@ -8,11 +8,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hubforge.errors import PublishError
-from hubforge.op import Hub
 from hubforge.publish._explain import HubError
 from hubforge.publish._links import check_collections
 from hubforge.publish._paths import shown
 from hubforge.publish._remote import Remote
+from hubforge.publisher import Hub
 
 _WRITES = "repo.write"  # the scope that lets a fine-grained token commit, and create below a namespace
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})

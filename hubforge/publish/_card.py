@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
-from hubforge.op import Upload, UploadFile
 from hubforge.publish._earlier import CARD, EarlierReleases
 from hubforge.publish._merge import Conflict, merge_cards, text_diff
+from hubforge.publisher import Upload, UploadFile
 
 CARD_LIMIT = 8 << 20  # bytes
 

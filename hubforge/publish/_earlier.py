@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pydantic import ValidationError
 
 from hubforge.errors import PublishError
-from hubforge.op import Upload, UploadFile
 from hubforge.publish._explain import HubError
 from hubforge.publish._merge import Base
 from hubforge.publish._remote import Remote, RemoteFile
+from hubforge.publisher import Upload, UploadFile
 from hubforge.release import FILE_NAME, Release, TargetRecord
 
 RELEASE_LIMIT = 32 << 20  # bytes; a release file holds the recipe, the lock and one line per file

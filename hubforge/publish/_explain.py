@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from hubforge.errors import HubforgeError, PublishError
-from hubforge.op import Hub
 from hubforge.publish._paths import shown
+from hubforge.publisher import Hub
 
 E = TypeVar("E", bound=BaseException)
 TRANSIENT = frozenset({408, 500, 502, 503, 504})  # statuses that may be gone a moment later

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hubforge.errors import HubforgeError, StoreError
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 
 State = Literal["intent", "done", "failed"]
 Entry = Mapping[str, Any]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from hubforge.errors import PublishError
 from hubforge.events import Note
-from hubforge.op import Hub, Upload
 from hubforge.publish._explain import HubError
 from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal
 from hubforge.publish._remote import Remote
+from hubforge.publisher import Hub, Upload
 
 _CARD_LIMIT = 4 << 20  # bytes
 _SLUG = re.compile(r"[^/\s]+/[^/\s]+-[0-9a-f]{24}")

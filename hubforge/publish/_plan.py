@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hubforge.errors import PublishError
 from hubforge.events import Report, Warned, silent
-from hubforge.op import FileDigest, Hub, Upload, UploadFile
+from hubforge.op import FileDigest
 from hubforge.publish._card import added_card, card_of, merge_upload, text_of
 from hubforge.publish._earlier import CARD, NEVER_DELETED, EarlierReleases, find_target, release_path
 from hubforge.publish._journal import Journal
@@ -18,6 +18,7 @@ from hubforge.publish._paths import path_fault
 from hubforge.publish._preupload import ask_before
 from hubforge.publish._remote import Head, Remote, RemoteFile, Snapshot
 from hubforge.publish._sending import check_files, git_oid
+from hubforge.publisher import Hub, Upload, UploadFile
 
 
 @dataclass(frozen=True)

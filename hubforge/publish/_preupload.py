@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hubforge.events import Note
-from hubforge.op import UploadFile
 from hubforge.publish._explain import HubError
 from hubforge.publish._remote import Remote
 from hubforge.publish._sending import git_oid, unreadable
+from hubforge.publisher import UploadFile
 
 _BATCH = 256  # files of one request, as huggingface_hub sends them
 _SAMPLE = 512  # bytes of each file by which the Hub tells text from binary

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Note, Report
-from hubforge.op import Hub, Metrics, Upload, UploadFile
+from hubforge.op import Metrics
 from hubforge.publish._client import has_xet
 from hubforge.publish._explain import HubError
 from hubforge.publish._journal import Journal
 from hubforge.publish._plan import PushPlan, is_same, plan, tag_taken
 from hubforge.publish._remote import Remote, RemoteFile, Snapshot
 from hubforge.publish._sending import Meter, additions, changed, check_files
+from hubforge.publisher import Hub, Upload, UploadFile
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

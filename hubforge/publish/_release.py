@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from hubforge.errors import PublishError
 from hubforge.events import Note, Report, Started
-from hubforge.op import Hub, Metrics, Upload
+from hubforge.op import Metrics
 from hubforge.publish._journal import Journal
 from hubforge.publish._links import join_collection, supersede
 from hubforge.publish._push import Job, push_straight
@@ -40,6 +40,7 @@ from hubforge.publish._remote import Remote, Snapshot
 from hubforge.publish._retry import Retry
 from hubforge.publish._sending import check_files
 from hubforge.publish._staging import Staging
+from hubforge.publisher import Hub, Upload
 
 
 def jobs_of(uploads: Sequence[Upload]) -> list[Job]:

@@ -15,11 +15,11 @@ from urllib.parse import quote
 from hubforge import __version__
 from hubforge.errors import PublishError
 from hubforge.events import Report, Warned, silent
-from hubforge.op import Hub
 from hubforge.publish._client import client_settings
 from hubforge.publish._explain import HubError, explained, scrubbed
 from hubforge.publish._paths import shown
 from hubforge.publish._retry import Retry
+from hubforge.publisher import Hub
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hubforge.errors import PublishError
 from hubforge.events import Progress, Report
-from hubforge.op import Upload, UploadFile
 from hubforge.publish._client import STALLED
 from hubforge.publish._paths import path_fault
+from hubforge.publisher import Upload, UploadFile
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from hubforge.errors import HubforgeError, PublishError, VerifyError
 from hubforge.events import Note, Warned
-from hubforge.op import Hub, Metrics
+from hubforge.op import Metrics
 from hubforge.publish._explain import HubError
 from hubforge.publish._journal import Journal
 from hubforge.publish._plan import PushPlan
@@ -36,6 +36,7 @@ from hubforge.publish._push import (
     uploaded,
 )
 from hubforge.publish._remote import Remote, RemoteFile, Snapshot
+from hubforge.publisher import Hub
 
 _UNTOUCHED = "Nothing was published: main is as it was."
 _SAME = frozenset({".gitattributes"})  # the Hub's own, which it may rewrite with any commit

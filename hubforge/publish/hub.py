@@ -8,13 +8,14 @@ from typing import ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from hubforge.events import Event
-from hubforge.op import AdapterRef, GgufRef, Hub, MaskRef, Metrics, ModelRef, Publisher, Upload
+from hubforge.op import AdapterRef, GgufRef, MaskRef, Metrics, ModelRef
 from hubforge.publish._access import Access, check_access, may_publish, sends_token_in_clear
 from hubforge.publish._links import is_slug
 from hubforge.publish._paths import path_fault, repo_fault, tag_fault
 from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._push import push
 from hubforge.publish._sums import read_sums, sums_text
+from hubforge.publisher import Hub, Publisher, Upload
 
 __all__ = [
     "Access",

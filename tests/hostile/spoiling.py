@@ -87,7 +87,7 @@ class SpoilingHub:
     def _pointed(self) -> Iterator[None]:
         """The client's own settings name this Hub, and nothing waits long for it."""
         from hubforge import places
-        from hubforge.op import Hub
+        from hubforge.publisher import Hub
 
         names = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": "hf_local", "HUBFORGE_HUB_TOKEN": "hf_local"}
         before = {name: os.environ.get(name) for name in names}
@@ -106,8 +106,8 @@ class SpoilingHub:
     def use(self, world: Path, how: str) -> None:
         """One use of this Hub, through the command."""
         from hubforge import masks
-        from hubforge.op import Hub
         from hubforge.publish._access import check_access
+        from hubforge.publisher import Hub
         from tests.hostile.attacks import hubforge
 
         store = ("--store", str(world / "store"), "--quiet")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import hubforge.masks
 from hubforge.errors import SourceError
 from hubforge.hub import LocalHub
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from hubforge.session import Session
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 
 
 @pytest.fixture

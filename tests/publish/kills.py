@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hubforge.hub.storage.shelf import Shelf
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from tests.publish.faulty import Fault, FaultyHub
 from tests.publish.schedules import SETTINGS, TOKEN, Watcher, Whole
 

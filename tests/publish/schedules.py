@@ -38,10 +38,10 @@ from hubforge.hub.refusal import Refusal
 from hubforge.hub.storage.discussions import numbers, read
 from hubforge.hub.storage.repository import PULLS
 from hubforge.hub.storage.shelf import Shelf
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish._journal import Journal
 from hubforge.publish._release import publish_release
 from hubforge.publish._sums import sums_text
+from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.release import FILE_NAME, SUMS_NAME, File, Release, TargetRecord
 from hubforge.verify import verify
 from tests.publish.faulty import Fault, FaultyHub

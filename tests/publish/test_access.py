@@ -10,8 +10,8 @@ import pytest
 from hubforge.errors import PublishError
 from hubforge.events import silent
 from hubforge.hub import HubSettings, LocalHub, Scope, Token
-from hubforge.op import Hub
 from hubforge.publish.hub import check_access, may_publish, push, sends_token_in_clear
+from hubforge.publisher import Hub
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests
 
 

@@ -9,8 +9,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import silent
-from hubforge.op import Hub
 from hubforge.publish.hub import plan_push, push
+from hubforge.publisher import Hub
 from hubforge.sections import wrap
 from hubforge.verify import verify
 from tests.fixtures_publish import MakeUpload, Requests

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from hubforge.errors import StoreError
-from hubforge.op import Hub
 from hubforge.publish._explain import HubError
 from hubforge.publish._journal import Journal, journal_path, read_journal
+from hubforge.publisher import Hub
 
 HUB = Hub("http://127.0.0.1:8000", "hf_secretsecretsecret")
 
@@ -112,7 +112,7 @@ def test_each_recipe_and_hub_has_its_own_and_a_hub_with_a_name_keeps_it() -> Non
 _HOLD = """
 import sys, time
 from pathlib import Path
-from hubforge.op import Hub
+from hubforge.publisher import Hub
 from hubforge.publish._journal import Journal
 with Journal(Path(sys.argv[1]), Hub("http://x")).held(1, print) as journal:
     print("held", flush=True)

@@ -12,12 +12,12 @@ from huggingface_hub import HfApi
 from hubforge.errors import PublishError
 from hubforge.events import silent
 from hubforge.hub import HubSettings, LocalHub, Publisher
-from hubforge.op import Hub, Upload
 from hubforge.places import open_hub
 from hubforge.publish._access import check_access
 from hubforge.publish._journal import Journal
 from hubforge.publish._keyless import Keyless, job_credentials
 from hubforge.publish._release import publish_release
+from hubforge.publisher import Hub, Upload
 from tests.fixtures_oidc import REQUEST_TOKEN, GitHubActions
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests, json_answer
 

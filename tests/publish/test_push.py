@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Event, Progress, Warned, silent
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish.hub import HubPublisher, plan_push, push
+from hubforge.publisher import Hub, Upload, UploadFile
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests, digest, json_answer
 
 BIG = b"w" * 5000  # large enough for large-file storage in the `hub` fixture

@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 from hubforge.errors import PublishError
 from hubforge.events import Event, Progress, Warned, silent
 from hubforge.hub import HubSettings
-from hubforge.op import Hub, Upload
 from hubforge.publish._explain import HubError
 from hubforge.publish._retry import Retry
 from hubforge.publish.hub import push
+from hubforge.publisher import Hub, Upload
 from hubforge.verify import verify
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests
 from tests.publish.faulty import Fault, FaultyHub
@@ -231,7 +231,7 @@ _OTHER = """
 import json, sys
 from pathlib import Path
 from hubforge.events import silent
-from hubforge.op import Hub, Upload, UploadFile
+from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.publish.hub import push
 endpoint, token, files = json.loads(sys.argv[1])
 listed = tuple(UploadFile(path, Path(content), size, sha256) for path, content, size, sha256 in files)

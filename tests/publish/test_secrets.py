@@ -14,8 +14,8 @@ import pytest
 from hubforge.errors import HubforgeError
 from hubforge.events import Event
 from hubforge.hub import HubSettings
-from hubforge.op import Hub
 from hubforge.publish.hub import check_access, push
+from hubforge.publisher import Hub
 from hubforge.verify import verify
 from tests.fixtures_publish import TOKEN, MakeUpload
 from tests.publish.faulty import Fault, FaultyHub, Scope

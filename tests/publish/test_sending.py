@@ -11,10 +11,10 @@ from huggingface_hub.utils._lfs import SliceFileObj
 
 from hubforge.errors import PublishError
 from hubforge.events import Event, Progress, silent
-from hubforge.op import Hub, Upload, UploadFile
 from hubforge.publish import _sending
 from hubforge.publish._sending import Meter, WatchedFile, check_files, git_oid
 from hubforge.publish.hub import push
+from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.reporters import progress_text
 from tests.fixtures_publish import MakeUpload, digest
 

@@ -13,12 +13,12 @@ from huggingface_hub import HfApi
 from hubforge.errors import PublishError, VerifyError
 from hubforge.events import Event, Note, Warned, silent
 from hubforge.hub import HubSettings, LocalHub, set_scan
-from hubforge.op import Hub, Upload
 from hubforge.publish._journal import Journal
 from hubforge.publish._links import with_new_version
 from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._release import publish_release
 from hubforge.publish._remote import Remote
+from hubforge.publisher import Hub, Upload
 from hubforge.publishing import siblings
 from hubforge.release import Release
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests, json_answer

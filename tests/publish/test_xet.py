@@ -13,9 +13,9 @@ import pytest
 from hubforge.errors import PublishError
 from hubforge.events import Event, Progress
 from hubforge.hub import HubSettings
-from hubforge.op import Hub
 from hubforge.publish._client import has_xet
 from hubforge.publish.hub import push
+from hubforge.publisher import Hub
 from tests.fixtures_publish import MakeUpload, digest
 from tests.publish.faulty import FaultyHub, Scope
 
