@@ -45,12 +45,12 @@ def _cpu() -> str:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes; 0 where the system does not tell."""
+    """The most memory that this process, or one of those it ran, has held so far, in bytes; 0 where none tells."""
     try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024
 
 

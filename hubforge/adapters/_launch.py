@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -21,19 +21,15 @@ if TYPE_CHECKING:
 
 def train_on_several(op: Lora, ctx: Context, tables: Tables, newest: Path | None) -> Trained:
     """What `op.train` returns in the first of `op.num_processes` processes that train together."""
-    with tempfile.TemporaryDirectory(prefix="hubforge-") as folder:
-        tables.save(Path(folder))
-        return cast(
-            "Trained",
-            in_processes(
-                op.num_processes,
-                _train,
-                (op, replace(ctx, report=silent), Path(folder), newest),
-                device=ctx.device,
-                report=ctx.report,
-                where=ctx.where,
-            ),
-        )
+    from hubforge.adapters._trainer import STATE
+
+    # With the checkpoints, which go when all is done: a kill would leave it in a temporary folder.
+    folder = ctx.out / STATE / "tables"
+    shutil.rmtree(folder, ignore_errors=True)
+    tables.save(folder)
+    arguments = (op, replace(ctx, report=silent), folder, newest)
+    made = in_processes(op.num_processes, _train, arguments, device=ctx.device, report=ctx.report, where=ctx.where)
+    return cast("Trained", made)
 
 
 def _train(op: Lora, ctx: Context, folder: Path, newest: Path | None, report: Report) -> Trained:

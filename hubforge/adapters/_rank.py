@@ -8,12 +8,15 @@ import signal
 import sys
 import threading
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hubforge.adapters._processes import Raised, Returned
 from hubforge.events import silent
 from hubforge.llama_cpp.process import exit_with_parent
+
+_PATIENCE = timedelta(minutes=30)  # of those that wait while the first measures and writes; it is accelerate's
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ def _work(folder: Path, send: Any) -> Any:
         store=dist.FileStore(str(folder / "store"), count),
         rank=rank,
         world_size=count,
+        timeout=_PATIENCE,
         device_id=torch.device("cuda", rank) if cuda else None,
     )
     value = work(*arguments, send if rank == 0 else silent)

@@ -14,7 +14,7 @@ from hubforge.events import Event, Note, Progress
 from hubforge.models import load_model
 from hubforge.op import Artifact, Settings
 from tests.adapters.conftest import TWO, lora, make_mask
-from tests.adapters.test_lora import RESUMED, Stop, broken, same, stopping_at, weights
+from tests.adapters.test_lora import RESUMED, Stop, broken, same, stopped_after_training, stopping_at, weights
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -23,10 +23,10 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
 
 
-# By plain descent: Adam would turn the rounding of a gradient near zero into a full step. Ten steps of four samples are
-# an epoch, so that two are of the next.
+# By plain descent: Adam would turn the rounding of a gradient near zero into a full step. Nine steps of four samples
+# are an epoch, so that three are of the next.
 DESCENT = {"protect": "core", "optim": "sgd", "learning_rate": 1.0, "target_modules": TWO, "max_steps": 12}
-DESCENT |= {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
+DESCENT |= {"per_device_train_batch_size": 2, "gradient_checkpointing": True, "eval_share": 0.1, "eval_steps": 4}
 
 
 def test_two_processes_are_one_that_accumulates_twice(prepare, capfd):
@@ -38,6 +38,7 @@ def test_two_processes_are_one_that_accumulates_twice(prepare, capfd):
     assert max(tensor.abs().max() for name, tensor in weights(one).items() if "lora_B" in name) > 1e-2
     for ours, theirs in zip(losses(one), losses(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert len(together["eval_curve"]) == 3 and together["best_step"] == alone["best_step"]
     assert together["leak"]["worst"] <= 1e-6 and together["leak"]["matrices"] == alone["leak"]["matrices"] == 4
     assert sorted(path.name for path in two.out.iterdir()) == sorted(path.name for path in one.out.iterdir())
 
@@ -47,8 +48,12 @@ def test_two_processes_are_one_that_accumulates_twice(prepare, capfd):
 
 
 def losses(ctx) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step."""
-    return [(row["loss"], row["grad_norm"]) for row in json.loads((ctx.out / "loss.json").read_text())["train"]]
+    """Loss and gradient norm of each step, and the losses on what is held out."""
+    found = json.loads((ctx.out / "loss.json").read_text())
+    return [
+        *((row["loss"], row["grad_norm"]) for row in found["train"]),
+        *((row["loss"], 0.0) for row in found["eval"]),
+    ]
 
 
 # Whatever changes how a step is taken, at once.
@@ -69,6 +74,7 @@ EVERYTHING = RESUMED | {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # Six processes, which import and load for ten seconds each on an idle machine.
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma4"])
 def test_a_stopped_run_of_two_ends_with_the_bits_of_an_undisturbed_one(request, prepare, tmp_path, model):
     folder = request.getfixturevalue(model)
@@ -87,9 +93,18 @@ def test_a_stopped_run_of_two_ends_with_the_bits_of_an_undisturbed_one(request, 
         p.name for p in newest.iterdir()
     }
     said: list[Event] = []
-    again = prepare("stopped", report=said.append, **more)
-    resumed = op.run(again)
+
+    def report(event: Event) -> None:
+        said.append(event)
+        stopped_after_training(event)
+
+    with pytest.raises(Stop):
+        op.run(prepare("stopped", report=report, **more))
     assert [event.text for event in said if isinstance(event, Note)].count("resumed after step 6") == 1
+    again = prepare("stopped", report=said.append, **more)
+    taken = len(said)
+    resumed = op.run(again)  # Nothing is left to train, so nothing is started.
+    assert not any(isinstance(event, Progress) and event.unit == "step" for event in said[taken:])
     assert same(weights(whole), weights(again))
     for name in ("loss.json", "leak.json"):
         assert (whole.out / name).read_bytes() == (again.out / name).read_bytes()
