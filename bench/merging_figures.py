@@ -1,15 +1,19 @@
 """Draw the figures of docs/merging.md from the lab's trained models.
 
-usage: merging_figures.py LAB [OUT]
+usage: merging_figures.py LAB [OUT [NAME ...]]
 
 LAB is what `hubforge lab` trained (a pretrained model, an instruct model made from it, three adapters); OUT is
-docs/figures. The models are merged by the ops themselves; numbers are means over all matrices of the decoder's layers.
+docs/figures; NAME a figure, by default all. The models are merged by the ops themselves; numbers are means over all
+matrices of the decoder's layers, but for losses.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,13 +24,22 @@ import torch
 from safetensors.torch import load_file
 
 from hubforge.cards.svg import Picture, text_width, tick_labels, ticks
-from hubforge.op import Place, TensorOp
+from hubforge.masks.fisher import Fisher
+from hubforge.models import load_model, load_tokenizer
+from hubforge.op import Artifact, Context, Kind, Op, Place, Settings, TensorOp
+from hubforge.stages._models import Merge
 from hubforge.stages._task_vectors import TaskVectors
+from hubforge.stages.apply import Apply
 from hubforge.stages.breadcrumbs import Breadcrumbs
 from hubforge.stages.dare_linear import DareLinear
+from hubforge.stages.fisher_average import FisherAverage
+from hubforge.stages.karcher import Karcher
+from hubforge.stages.linear import Linear
+from hubforge.stages.model_stock import ModelStock
 from hubforge.stages.nuslerp import Nuslerp
 from hubforge.stages.ties_models import TiesModels
 from hubforge.tensors.adapter import delta, open_adapter
+from hubforge.tensors.engine import run_tensor_op
 from hubforge.tensors.rounding import gain_sums, round_to
 
 if TYPE_CHECKING:
@@ -222,20 +235,135 @@ def ranks(vectors: Mapping[str, Tensor]) -> str:
     return chart("What an extracted adapter holds of a model", words, "rank", "share of its energy", curves)
 
 
+def unit(tensor: Tensor) -> Tensor:
+    return tensor / tensor.norm()
+
+
+def stock(common: Mapping[str, Tensor], own: Sequence[Mapping[str, Tensor]]) -> str:
+    """What model_stock keeps of the mean of fine-tunes that have more or less of their changes in common."""
+    names = sorted(set(common).intersection(*own))
+    shares = [i / 10 for i in range(11)]
+
+    def of(count: int, shared: float) -> tuple[float, float]:
+        """The cosine between two of the changes, and the share of their mean; means over the matrices."""
+        refs = "abc"[:count]
+        op, cosines, kept = ModelStock(base_model="m", models=list(refs)), [], []
+        for name in names:
+            parts = [unit(each[name]) for each in own[:count]]
+            changes = [shared**0.5 * unit(common[name]) + (1 - shared) ** 0.5 * part for part in parts]
+            w = {"m": torch.zeros_like(changes[0])} | dict(zip(refs, changes, strict=True))
+            merged, plain = op.tensor(w, measured(op, w, name)), torch.stack(changes).mean(0)
+            cosines.append(float((unit(changes[0]) * unit(changes[1])).sum()))
+            kept.append(float(merged.norm() / plain.norm()))
+        return mean(cosines), mean(kept)
+
+    curves = {f"{words} fine-tunes": [of(count, s) for s in shares] for count, words in ((2, "two"), (3, "three"))}
+    curves["linear"] = [(x, 1.0) for x, _ in curves["two fine-tunes"]]
+    words = "Share of the fine-tunes' mean change that model_stock keeps, by the cosine between their changes."
+    label = "cosine between the changes of two fine-tunes"
+    return chart("What model_stock keeps of the mean", words, label, "share of the mean change", curves)
+
+
+def sphere(own: Sequence[Mapping[str, Tensor]]) -> str:
+    """Where the mean of three task vectors points as one of them grows."""
+    names = sorted(set(own[0]).intersection(*own))
+    refs = ["a", "b", "c"]
+    sizes = [0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+
+    def of(op: TensorOp, size: float) -> float:
+        angles = []
+        for name in names:
+            w = dict(zip(refs, [unit(each[name]) for each in own], strict=True))
+            w["a"] = w["a"] * size
+            merged = op.tensor(w, measured(op, w, name))
+            angles.append(math.degrees(math.acos(min(1.0, float((unit(merged) * unit(w["a"])).sum())))))
+        return mean(angles)
+
+    curves = {
+        "straight (linear)": [(size, of(Linear(models=refs), size)) for size in sizes],
+        "on the sphere (karcher)": [(size, of(Karcher(models=refs), size)) for size in sizes],
+    }
+    words = "Angle between the mean of three task vectors and the first of them, as that one grows longer."
+    label = "length of the first / length of each of the others"
+    return chart("Whose direction a mean takes", words, label, "degrees from the first", curves)
+
+
+def averages(lab: Path) -> str:
+    """How well a mean of two fine-tunes does on what each of them was trained on."""
+    styles, steps = ("prose", "dialogue"), [i / 6 for i in range(7)]
+    refs = list(styles)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        inputs = {"instruct": Artifact("instruct", "model", "instruct", lab / "instruct")}
+
+        def run(op: Op, name: str, kind: Kind) -> None:
+            """The op's output, as one more input."""
+            ctx = Context(name, made / name, inputs, Settings(device="cpu"))
+            ctx.out.mkdir()
+            _ = run_tensor_op(op, ctx, 1) if isinstance(op, TensorOp) else op.run(ctx)
+            inputs[name] = Artifact(name, kind, name, ctx.out)
+
+        for style in styles:
+            inputs[f"lora-{style}"] = Artifact(style, "adapter", style, lab / "adapters" / style)
+            inputs[f"texts-{style}"] = Artifact(style, "dataset", style, lab / "data" / "styles" / f"{style}.jsonl")
+            run(Apply(model="instruct", adapters=[f"lora-{style}"], dtype="float32"), style, "model")
+            fisher = Fisher(model=style, data=f"texts-{style}", column="response", chat_template=False, samples=100)
+            run(fisher, f"fisher-{style}", "mask")
+        texts = {style: lab / "data" / "styles" / f"{style}_held_out.jsonl" for style in styles}
+        best = {style: loss_on(made / style, texts[style]) for style in styles}
+
+        def above(number: int, op: Merge) -> float:
+            """By how many nats a token it is worse than each text's own model; the mean over the texts."""
+            name = f"{type(op).__name__}-{number}"
+            run(op, name, "model")
+            found = mean([loss_on(made / name, texts[style]) - best[style] for style in styles])
+            shutil.rmtree(made / name)
+            return found
+
+        fishers = [f"fisher-{style}" for style in styles]
+        curves = {"linear": [], "fisher_average": []}
+        for number, t in enumerate(steps):
+            curves["linear"].append((t, above(number, Linear(models=refs, weights=[1 - t, t]))))
+            op = FisherAverage(models=refs, fishers=fishers, weights=[1 - t, t])
+            curves["fisher_average"].append((t, above(number, op)))
+        stocked = above(0, ModelStock(base_model="instruct", models=refs))
+        curves["model_stock"] = [(t, stocked) for t in steps]
+    words = (
+        "Loss of means of a prose and a dialogue model on held-out texts of both, above that of the text's own model."
+    )
+    return chart("What a mean of two fine-tunes loses", words, "weight of the dialogue model", "nats per token", curves)
+
+
+def loss_on(folder: Path, texts: Path) -> float:
+    """The mean loss per token of a model on the texts of a file."""
+    model, tokenizer = load_model(folder, device="cpu", dtype=torch.float32), load_tokenizer(folder)
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for line in texts.read_text(encoding="utf-8").splitlines():
+            ids = torch.tensor([tokenizer(json.loads(line)["response"])["input_ids"][:256]])
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    return total / count
+
+
 def main() -> None:
+    torch.set_num_threads(1)  # Matrices this small gain nothing from a second.
     lab, out = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "docs/figures")
     base, vectors = family(lab)
     instruct, *adapters = vectors.values()
     out.mkdir(parents=True, exist_ok=True)
     pictures = {
-        "thinning": kept(instruct),
-        "conflict": conflict(*adapters[:2]),
-        "arc": arc(*adapters[:2]),
-        "gain": gain(base, instruct),
-        "ranks": ranks(instruct),
+        "thinning": lambda: kept(instruct),
+        "conflict": lambda: conflict(*adapters[:2]),
+        "arc": lambda: arc(*adapters[:2]),
+        "sphere": lambda: sphere(adapters),
+        "stock": lambda: stock(instruct, adapters),
+        "averages": lambda: averages(lab),
+        "gain": lambda: gain(base, instruct),
+        "ranks": lambda: ranks(instruct),
     }
-    for name, picture in pictures.items():
-        (out / f"{name}.svg").write_text(picture, encoding="utf-8")
+    for name in sys.argv[3:] or pictures:
+        (out / f"{name}.svg").write_text(pictures[name](), encoding="utf-8")
         print(out / f"{name}.svg")
 
 
