@@ -291,6 +291,7 @@ class TensorOp(Op):
     extra: ClassVar[str] = "merge"
     computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
     hides: ClassVar[bool] = False  # True: NaN in an input may not reach the output, so the inputs are looked at too
+    light: ClassVar[bool] = False  # True: little is held beside the inputs, so fewer and larger blocks are faster
     on_gpu: ClassVar[bool] = False  # True: it computes on tensors of a GPU as well, as tests have shown
     unkeyed: ClassVar[tuple[str, ...]] = ("fuse",)  # it changes no byte of this step, only of those that use it
 

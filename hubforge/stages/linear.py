@@ -21,6 +21,7 @@ class Linear(Merge):
     """The weighted mean of models of one architecture: a model soup."""
 
     version: ClassVar[int] = 2  # The sum is divided, not each weight.
+    light: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "Σ wᵢ · Wᵢ / Σ wᵢ"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"

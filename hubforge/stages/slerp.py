@@ -17,7 +17,7 @@ from hubforge.tensors.desk import Desk
 from hubforge.tensors.inputs import Opened, is_buffer, open_inputs
 from hubforge.tensors.names import natural_order
 from hubforge.tensors.schedule import Schedule, values_of
-from hubforge.tensors.targets import BLOCK
+from hubforge.tensors.targets import BLOCK, LIGHT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class Slerp(Models):
     """
 
     version: ClassVar[int] = 3  # The angle is summed up in another order.
+    light: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "sin((1 − t)·θ) / sin θ · W + sin(t·θ) / sin θ · W_to,  θ = ∠(W, W_to)"
     source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242"
@@ -96,7 +97,7 @@ class Slerp(Models):
                 (name, first, min(first + step, info.rows))
                 for name, info in inputs.base.tensors.items()
                 if self.changes(name, inputs.present(name)) and not is_buffer(name, inputs)
-                for step in [max(1, BLOCK * info.rows // max(info.elements, 1))]
+                for step in [max(1, BLOCK * LIGHT * info.rows // max(info.elements, 1))]
                 for first in range(0, info.rows, step)
             ]
             blocks.sort(key=lambda block: (natural_order(block[0]), block[1]))

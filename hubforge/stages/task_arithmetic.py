@@ -21,6 +21,7 @@ class TaskArithmetic(Models):
     Negative weights take a task away. Where no model differs from the base, no bit changes.
     """
 
+    light: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "W + s · Σ wᵢ · (Wᵢ − W)"
     source: ClassVar[str] = "Ilharco et al. 2023, arXiv:2212.04089"

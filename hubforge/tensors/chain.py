@@ -99,6 +99,10 @@ class Link:
         output = self.outputs[name]
         return (output.changed and self.op.whole()) or any(link.whole(own) for link, own in self._reads(name))
 
+    def light(self, name: str) -> bool:
+        """Whether all ops that have part in a tensor are light."""
+        return self.op.light and all(link.light(own) for link, own in self._reads(name))
+
     def hides(self, name: str) -> bool:
         """Whether NaN in an input may not show in an output."""
         output = self.outputs[name]

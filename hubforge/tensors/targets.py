@@ -11,6 +11,7 @@ from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.writer import Piece, piece_of
 
 BLOCK = 1 << 18  # elements computed at once: 1 MB of float32; fewer would cost more in calls than the cache gives back
+LIGHT = 4  # blocks of a light op that make one
 PIECE = 32  # blocks written and journalled together
 
 
@@ -22,6 +23,7 @@ class Target:
     copied: bool
     leaf: tuple[Checkpoint, str]  # the file's tensor that it starts from
     blocks: tuple[tuple[int, int], ...]  # rows [first, last)
+    piece: int  # blocks of a piece
     measures: Sequence[Sequence[Measure]]  # pass by pass
     inputs: int  # tensors from files that have part in it
     hides: bool  # whether NaN in an input may not show in it
@@ -58,20 +60,22 @@ def plan_targets(link: Link) -> tuple[list[Target], Layout]:
     targets = []
     for name, slot in layout.slots.items():
         info, copied = infos[name], link.copied(name)
-        blocks = _blocks(info, info.rows if not copied and link.whole(name) else None)
+        times = LIGHT if copied or link.light(name) else 1
+        blocks = _blocks(info, info.rows if not copied and link.whole(name) else None, BLOCK * times)
         measures = [] if copied else link.measures(name)
         inputs = len(list(link.files(name)))
-        targets.append(Target(slot, copied, link.leaf(name), blocks, measures, inputs, link.hides(name)))
+        piece = max(PIECE // times, 1)
+        targets.append(Target(slot, copied, link.leaf(name), blocks, piece, measures, inputs, link.hides(name)))
     return targets, layout
 
 
-def _blocks(info: TensorInfo, rows: int | None) -> tuple[tuple[int, int], ...]:
-    """Runs of `rows` rows; by default as many as make a block, and never less than one. A vector is not cut."""
+def _blocks(info: TensorInfo, rows: int | None, size: int) -> tuple[tuple[int, int], ...]:
+    """Runs of `rows` rows; by default as many as have `size` elements, and never less than one. A vector is not cut."""
     if info.elements == 0:
         return ()
     if len(info.shape) < 2:  # A vector is one row to methods that work row by row.
         return ((0, info.rows),)
-    step = rows or max(1, BLOCK * info.rows // info.elements)
+    step = rows or max(1, size * info.rows // info.elements)
     return tuple((first, min(first + step, info.rows)) for first in range(0, info.rows, step))
 
 
@@ -84,7 +88,8 @@ def plan_jobs(targets: Sequence[Target]) -> list[Job]:
     longest = max((len(target.measures) for target in targets), default=0)
     jobs: list[tuple[int, Job]] = []
     for place, target in enumerate(targets):
-        runs = [(first, min(first + PIECE, len(target.blocks))) for first in range(0, len(target.blocks), PIECE)]
+        starts = range(0, len(target.blocks), target.piece)
+        runs = [(first, min(first + target.piece, len(target.blocks))) for first in starts]
         early = place + longest - len(target.measures)
         jobs += [(early + turn, Job(target, *run, None, turn)) for turn in range(len(target.measures)) for run in runs]
         for number, (first, last) in enumerate(runs):
