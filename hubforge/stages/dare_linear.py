@@ -49,4 +49,4 @@ class DareLinear(TaskVectors):
         kept = bernoulli(self.seed, (index, at.name), at.first * row, delta.numel(), density)
         if self.rescale:
             kept.div_(resolved(density))
-        return delta * kept.to(delta.device).view(delta.shape)
+        return kept.to(delta.device).view(delta.shape).mul_(delta)
