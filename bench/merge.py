@@ -149,6 +149,7 @@ def commands(name: str, args: argparse.Namespace) -> dict[str, list[str]]:
 def run(command: list[str], out: Path) -> Cost:
     """What a command costs; stops the benchmark when it fails."""
     shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # What the one before wrote must not be on its way to the disk meanwhile.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from merge import Cost, run  # bench/merge.py
 
 MODELS, ADAPTERS = ["ft1", "ft2", "ft3"], ["a1", "a2", "a3"]
 VOICES = {"op": "average", "adapters": ADAPTERS}
@@ -47,12 +47,6 @@ WORKS = {
     "unfused": Work(TWO_STAGE, [], fused=False),
 }
 DEPTHS = (4, 16, 64)
-
-
-class Cost(NamedTuple):
-    wall: float  # s
-    cpu: float  # s
-    rss: float  # GB
 
 
 def merge(family: Path, out: Path, name: str) -> None:
@@ -161,18 +155,10 @@ def merge_deep(folder: Path, out: Path) -> None:
 
 
 def measure(command: list[str], out: Path) -> Cost:
-    """What one run of a command takes; stops the benchmark when it fails."""
+    """What one run of a command takes; its output is removed."""
+    cost = run(command, out)
     shutil.rmtree(out, ignore_errors=True)
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    noise = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{noise.decode(errors='replace')[-2000:]}")
-    shutil.rmtree(out, ignore_errors=True)
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+    return cost
 
 
 def make(family: Path, folder: Path, what: str) -> None:
