@@ -178,7 +178,7 @@ class Computed(Checkpoint):
         self.link = link
 
     def rows_on(self, desk: Desk, name: str, first: int, last: int) -> Tensor:
-        return desk.found((id(self), name, first, last), lambda: self.link.rows(name, first, last))
+        return desk.computed((id(self), name, first, last), lambda: self.link.rows(name, first, last))
 
     def expect(self, name: str, first: int, last: int) -> None:
         self.link.expect(name, first, last)

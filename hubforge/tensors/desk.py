@@ -89,10 +89,16 @@ class Desk(threading.local):
         finally:
             self._found, self._held, self._tensor, self._passes = before
 
+    def computed(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Rows that one op of a chain computes for another; kept, as those of files are, from pass to pass."""
+        return self.found(key, lambda: self._from_pass(key, make))
+
     def read(self, checkpoint: Checkpoint, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last) of a file's tensor, float32 on this thread's device."""
         key = (id(checkpoint), name, first, last)
-        return self.found(key, lambda: self._on_device(self._raw(key, checkpoint)).float())
+        return self.found(
+            key, lambda: self._on_device(self._from_pass(key, lambda: checkpoint.read_rows(*key[1:]))).float()
+        )
 
     def factors(self, key: Hashable, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """An adapter's factors of the module last asked for, float32 on this thread's device."""
@@ -103,11 +109,11 @@ class Desk(threading.local):
             self._factors[key] = self._on_device(a), self._on_device(b)
         return self._factors[key]
 
-    def _raw(self, key: tuple[int, str, int, int], checkpoint: Checkpoint) -> Tensor:
+    def _from_pass(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         kept = self._kept.get(self._tensor, key, last=self._passes == 1)
         if kept is not None:
             return kept
-        rows = checkpoint.read_rows(*key[1:])
+        rows = make()
         if self._passes > 1:
             self._kept.put(self._tensor, key, rows)
         return rows

@@ -31,6 +31,7 @@ from hubforge.tensors.work import Work
 from hubforge.tensors.writer import Writer
 
 _KEPT = 16  # the share of the memory that holds rows from a measuring pass to the next is 1 / _KEPT
+_KEPT_OF_CHAIN = 4  # and where ops of a chain compute such rows, in float32
 
 
 def run_tensor_op(
@@ -48,7 +49,7 @@ def run_tensor_op(
         ctx.note(f"computed on the CPU: {', '.join(apart)} is not known to work on a GPU")
         devices = ["cpu"]
     with ExitStack() as stack:
-        kept = Kept(ctx.settings.memory // _KEPT)
+        kept = Kept(ctx.settings.memory // (_KEPT_OF_CHAIN if ctx.fused else _KEPT))
         desk = Desk(kept, shared=bool(ctx.fused))
         folder, ops = started_from(ctx, op.base_ref).path, ops_from_base(op, ctx)
         config = check_side_files(folder)
