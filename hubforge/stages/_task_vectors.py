@@ -121,8 +121,7 @@ def agreeing_sum(deltas: Iterable[Tensor], weights: Sequence[float], normalize: 
     """The sum of those wᵢ · Δᵢ whose sign is that of Σ wᵢ · Δᵢ; with `normalize`, over the sum of their wᵢ. Uses up Δᵢ.
 
     Signs are elected after weighting and a zero sum elects +1, as in mergekit. What agrees is what stays positive when
-    multiplied by the elected sign: torch takes ten times as long to choose by booleans. A sum of zeros with their sign
-    set may elect -1, but then there is nothing to add.
+    multiplied by the elected sign: torch takes ten times as long to choose by booleans.
     """
     import torch
 
@@ -130,7 +129,7 @@ def agreeing_sum(deltas: Iterable[Tensor], weights: Sequence[float], normalize: 
     votes = weighted[0] + weighted[1] if len(weighted) > 1 else weighted[0]
     for more in weighted[2:]:
         votes += more
-    sign = torch.copysign(torch.ones((), device=votes.device), votes)
+    sign = positive_or_negative(votes)
     merged, divisor, agreeing = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
     for part, weight in zip(weighted, weights, strict=True):
         merged.add_(torch.mul(part, sign, out=agreeing).clamp_(min=0))
@@ -141,8 +140,10 @@ def agreeing_sum(deltas: Iterable[Tensor], weights: Sequence[float], normalize: 
 
 
 def positive_or_negative(votes: Tensor) -> Tensor:
-    """The sign of each element, +1 or -1; that of a zero is +1."""
-    return votes.sign().mul_(2).add_(1).clamp_(-1, 1)
+    """The sign of each element, +1 or -1: +1 of a zero, but of -0, which is the sum of zeros alone, -1."""
+    import torch
+
+    return torch.copysign(torch.ones((), device=votes.device), votes)
 
 
 def divide(merged: Tensor, divisor: Tensor) -> Tensor:
