@@ -52,14 +52,16 @@ def gain_sums(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, flo
     step = _AT_ONCE if merged.device.type == "cpu" else max(merged.numel(), 1)
     rows = zip(*(each.reshape(-1).split(step) for each in (base, merged, rounded)), strict=True)
     intended, error = torch.empty((2, step), device=merged.device)
-    square = product = 0.0
+    squares, products = [], []
     for before, wanted, stored in rows:
         one, other = intended[: len(wanted)], error[: len(wanted)]
         torch.sub(wanted, before, out=one)
-        square += float(one.dot(one))
+        squares.append(one.dot(one))
         if rounded.dtype != torch.float32:
-            product += float(one.dot(other.copy_(stored).sub_(wanted)))
-    return square + product, square
+            products.append(one.dot(other.copy_(stored).sub_(wanted)))
+    sums = torch.stack([*squares, *products]).tolist()  # at once: a GPU is waited for each time
+    square = sum(sums[: len(squares)])
+    return square + sum(sums[len(squares) :]), square
 
 
 def gain_metrics(sums: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
