@@ -64,39 +64,45 @@ def read(path: Path, *, shown_as: str | None = None) -> Marked:
     Raises RecipeError when the file cannot be read as text at all.
     """
     shown = shown_as or str(path)
+    return parse(text_of(path, shown, missing="`hubforge init` writes a recipe."), shown)
+
+
+def text_of(path: Path, shown: str, *, missing: str = "") -> str:
+    """The text of a YAML file of bounded size; RecipeError about `shown` when it has none, and `missing` mends no file."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise RecipeError("there is no such file", where=shown, mend="`hubforge init` writes a recipe.") from None
+        raise RecipeError("there is no such file", where=shown, mend=missing) from None
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=shown) from error
     if len(raw) > MAX_BYTES:
-        raise RecipeError(f"is {len(raw)} bytes; a recipe may have at most {MAX_BYTES}", where=shown)
+        raise RecipeError(f"is {len(raw)} bytes; hubforge reads at most {MAX_BYTES}", where=shown)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise RecipeError("is not UTF-8 text", where=f"{shown}:{line}", mend="Save the file as UTF-8.") from error
-    return parse(text, shown)
+    return text
 
 
-def parse(text: str, file: str) -> Marked:
-    """The YAML mapping in that text."""
+def parse(text: str, file: str, *, line: int = 1) -> Marked:
+    """The YAML mapping in that text, which begins on that line of its file."""
     marked = Marked(file, text)
     loader = None
     try:
         loader = _Loader(text)
+        loader.line = line - 1
         node = loader.get_single_node()
         if node is not None:
             marked.data = _build(node, (), marked, loader, depth=0, budget=[MAX_NODES], above=())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
+        found = mark.line + 1 if mark else line
         problem = " ".join(part for part in (error.context, error.problem) if part)
-        marked.errors.append(RecipeError(f"is not valid YAML: {problem}", where=f"{file}:{line}", mend=_hint(problem)))
+        marked.errors.append(RecipeError(f"is not valid YAML: {problem}", where=f"{file}:{found}", mend=_hint(problem)))
     except yaml.YAMLError as error:
-        line = text[: getattr(error, "position", 0) or 0].count("\n") + 1
-        marked.errors.append(RecipeError(f"is not valid YAML: {_one_line(error)}", where=f"{file}:{line}"))
+        found = text[: getattr(error, "position", 0) or 0].count("\n") + line
+        marked.errors.append(RecipeError(f"is not valid YAML: {_one_line(error)}", where=f"{file}:{found}"))
     except RecursionError:
         marked.errors.append(RecipeError(f"is nested more than {MAX_DEPTH} deep", where=file))
     finally:

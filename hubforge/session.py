@@ -345,17 +345,14 @@ def library_noise(log: Path) -> Iterator[None]:
 
 def write_import(config: Path, recipe: Path | None, *, force: bool, must_write: bool) -> tuple[str, list[str]]:
     """The recipe of a mergekit configuration, and what it does not carry; written when a path is given."""
+    from hubforge import marks
     from hubforge.mergekit import import_mergekit
 
     if must_write and recipe is None:
         raise RecipeError("--run needs a recipe to write", mend="Name it: hubforge import mergekit.yml my-merge.yaml")
     if recipe is not None and recipe.exists() and not force:
         raise RecipeError("is there already", where=str(recipe), mend="--force overwrites it.")
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=str(config)) from error
-    made, notes = import_mergekit(text, str(config))
+    made, notes = import_mergekit(marks.text_of(config, str(config)), str(config))
     if recipe is not None:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(made, encoding="utf-8")

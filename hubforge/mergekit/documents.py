@@ -60,7 +60,7 @@ def _documents(text: str, file: str) -> list[Data]:
     for end in [*(i for i, line in enumerate(lines) if line.rstrip() == "---"), len(lines)]:
         part = lines[start:end]
         if any(line.strip() and not line.lstrip().startswith("#") for line in part):
-            marked = marks.parse("\n" * start + "\n".join(part) + "\n", file)
+            marked = marks.parse("\n".join(part) + "\n", file, line=start + 1)
             if marked.errors:
                 raise marked.errors[0]
             if not isinstance(marked.data, dict) or "merge_method" not in marked.data:
