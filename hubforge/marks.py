@@ -68,7 +68,7 @@ def read(path: Path, *, shown_as: str | None = None) -> Marked:
 
 
 def text_of(path: Path, shown: str, *, missing: str = "") -> str:
-    """The text of a YAML file of bounded size; RecipeError about `shown` when it has none, and `missing` mends no file."""
+    """The text of a YAML file of bounded size; RecipeError about `shown` when it has none. missing: how to mend it."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

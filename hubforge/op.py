@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +19,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic import Field as PydanticField
 from pydantic_core import core_schema
 
+from hubforge.combination import Combination
 from hubforge.errors import StepError
 from hubforge.events import Event, Note, Progress, Warned
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 Kind = Literal["model", "adapter", "mask", "dataset", "gguf", "metrics", "card", "receipt"]
@@ -291,7 +292,7 @@ class TensorOp(Op):
     extra: ClassVar[str] = "merge"
     computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
     hides: ClassVar[bool] = False  # True: NaN in an input may not reach the output, so the inputs are looked at too
-    light: ClassVar[bool] = False  # True: little is held beside the inputs, so fewer and larger blocks are faster
+    combines: ClassVar[bool] = False  # True: each tensor is a `combination` of the inputs, and that is all of it
     on_gpu: ClassVar[bool] = False  # True: it computes on tensors of a GPU as well, as tests have shown
     unkeyed: ClassVar[tuple[str, ...]] = ("fuse",)  # it changes no byte of this step, only of those that use it
 
@@ -380,9 +381,17 @@ class TensorOp(Op):
         """
         return {name: sum(each[name] for each in found) for name in found[0]}
 
-    @abstractmethod
+    def measure_packed(self, w: Mapping[str, ndarray], at: Place) -> Mapping[str, Any]:
+        """The same as `measure` from bfloat16 rows, uint16 [elements], for an op that `combines`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def combination(self, present: frozenset[str], at: Place) -> Combination:
+        """What these rows of the output are, for an op that `combines`, given the refs that have the tensor."""
+        raise NotImplementedError(type(self).__name__)
+
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         """These rows of the output, float32."""
+        return self.combination(frozenset(w), at).of(w)
 
     def rename(self, name: str) -> str | None:
         """The name of a tensor of the base in the output; None leaves it out."""

@@ -356,13 +356,13 @@ def test_what_no_recipe_can_follow(text, message):
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     config = tmp_path / "mergekit.yml"
     config.write_text("merge_method: linear\n" + "# wide\n" * 40_000)
-    with pytest.raises(RecipeError, match=r"mergekit.yml: is 280021 bytes; hubforge reads at most 262144"):
+    with pytest.raises(RecipeError, match=r"mergekit\.yml: is 280021 bytes; hubforge reads at most 262144"):
         write_import(config, None, force=False, must_write=False)
 
 
 def test_errors_of_later_documents_have_their_lines():
     text = "name: a\nmerge_method: linear\nmodels: [{model: x/x}]\n---\nmerge_method: linear\nmodels: [\n"
-    with pytest.raises(RecipeError, match="mergekit.yml:7: is not valid YAML"):
+    with pytest.raises(RecipeError, match=r"mergekit\.yml:7: is not valid YAML"):
         import_mergekit(text)
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from hubforge.combination import Combination
 from hubforge.errors import StepError
 from hubforge.op import Place
 from hubforge.stages._models import Merge, indexed
 from hubforge.tensors.schedule import Schedule
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Linear(Merge):
     """The weighted mean of models of one architecture: a model soup."""
 
     version: ClassVar[int] = 2  # The sum is divided, not each weight.
-    light: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "Σ wᵢ · Wᵢ / Σ wᵢ"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
@@ -40,17 +37,14 @@ class Linear(Merge):
         others = super().changes(name, present)
         return others or (self.selects(name) and not self.normalize)
 
-    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
-        held = [(w[model], self.of_model(self.weights, index, at)) for index, model in indexed(self.models, w)]
-        total = math.fsum(weight for _, weight in held)
+    def combination(self, present: frozenset[str], at: Place) -> Combination:
+        held = {str(model): self.of_model(self.weights, index, at) for index, model in indexed(self.models, present)}
+        total = math.fsum(held.values())
         if self.normalize and total == 0:
             raise StepError(f"the weights of the models that have {at.name} sum to 0")
         # The sum is divided, as in mergekit: dividing each weight would round otherwise where a mean of bfloat16
         # numbers lies half-way between two others. By a power of 2, or for a single weight, dividing weights is exact.
         divisor = total if self.normalize else 1.0
-        exact = abs(math.frexp(divisor)[0]) == 0.5 or sum(weight != 0 for _, weight in held) == 1
-        (first, weight), *rest = [(tensor, weight / divisor if exact else weight) for tensor, weight in held]
-        merged = first * weight
-        for tensor, weight in rest:
-            merged.add_(tensor, alpha=weight)
-        return merged if exact else merged.div_(divisor)
+        if abs(math.frexp(divisor)[0]) == 0.5 or sum(weight != 0 for weight in held.values()) == 1:
+            return Combination({model: weight / divisor for model, weight in held.items()})
+        return Combination(held, divisor)

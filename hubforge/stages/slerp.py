@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hubforge.combination import Combination
 from hubforge.op import Context, ModelRef, Place
 from hubforge.stages._models import Models, from_base
 from hubforge.tensors.desk import Desk
@@ -20,6 +21,7 @@ from hubforge.tensors.schedule import Schedule, values_of
 from hubforge.tensors.targets import BLOCK, LIGHT
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 
@@ -44,7 +46,7 @@ class Slerp(Models):
     """
 
     version: ClassVar[int] = 3  # The angle is summed up in another order.
-    light: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "sin((1 − t)·θ) / sin θ · W + sin(t·θ) / sin θ · W_to,  θ = ∠(W, W_to)"
     source: ClassVar[str] = "Shoemake 1985, doi:10.1145/325334.325242"
@@ -122,15 +124,18 @@ class Slerp(Models):
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         return products(w[self.model], w[self.to])
 
-    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
+    def measure_packed(self, w: Mapping[str, ndarray], at: Place) -> Mapping[str, float]:
+        from hubforge.tensors import kernels
+
+        return dict(zip(("aa", "ad", "dd"), kernels.products(w[self.model], w[self.to]), strict=True))
+
+    def combination(self, present: frozenset[str], at: Place) -> Combination:
         known = at.known.products if isinstance(at.known, Whole) else at.totals
-        if known["dd"] == 0:
-            return w[self.model]
         t = self.value(self.t, at)
-        if t in (0, 1):  # An infinite bound times 0 would be NaN.
-            return w[self.to if t else self.model]
+        if known["dd"] == 0 or t in (0, 1):  # An infinite bound times 0 would be NaN.
+            return Combination({str(self.to if t == 1 else self.model): 1.0})
         kept, taken = shares(angle(**known), t)
-        return (w[self.model] * kept).add_(w[self.to], alpha=taken)
+        return Combination({str(self.model): kept, str(self.to): taken})
 
 
 def products(a: Tensor, b: Tensor) -> dict[str, float]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from hubforge.combination import Combination
 from hubforge.op import ModelRef, Place
 from hubforge.stages._models import Models, from_base, indexed
 from hubforge.tensors.schedule import Schedule
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class TaskArithmetic(Models):
@@ -21,7 +18,7 @@ class TaskArithmetic(Models):
     Negative weights take a task away. Where no model differs from the base, no bit changes.
     """
 
-    light: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True
     formula: ClassVar[str] = "W + s · Σ wᵢ · (Wᵢ − W)"
     source: ClassVar[str] = "Ilharco et al. 2023, arXiv:2212.04089"
@@ -48,13 +45,9 @@ class TaskArithmetic(Models):
     def changes(self, name: str, present: frozenset[str]) -> bool:
         return super().changes(name, present) and self.scale != 0
 
-    def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
-        import torch
-
-        base = merged = w[self.model]
-        for index, model in indexed(self.models, w):
-            delta, weight = w[model] - base, self.scale * self.of_model(self.weights, index, at)
-            merged = (
-                torch.add(base, delta, alpha=weight, out=delta) if merged is base else merged.add_(delta, alpha=weight)
-            )
-        return merged
+    def combination(self, present: frozenset[str], at: Place) -> Combination:
+        weights = {
+            str(model): self.scale * self.of_model(self.weights, index, at)
+            for index, model in indexed(self.models, present)
+        }
+        return Combination(weights, origin=str(self.model))

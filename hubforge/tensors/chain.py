@@ -100,8 +100,21 @@ class Link:
         return (output.changed and self.op.whole()) or any(link.whole(own) for link, own in self._reads(name))
 
     def light(self, name: str) -> bool:
-        """Whether all ops that have part in a tensor are light."""
-        return self.op.light and all(link.light(own) for link, own in self._reads(name))
+        """Whether little is held beside the inputs of a tensor, so that fewer and larger blocks are faster."""
+        return self.op.combines and all(link.light(own) for link, own in self._reads(name))
+
+    def packed(self, name: str) -> bool:
+        """Whether an output can be made from the bytes of its inputs: bfloat16 in files, combined and rounded by us."""
+        output = self.outputs[name]
+        if not output.changed or not self.op.combines or self.op.rounding != "nearest" or output.info.dtype != "BF16":
+            return False
+        inputs = [self.inputs.by_ref[ref] for ref in output.present]
+        return all(
+            isinstance(held, Weights)
+            and type(held.checkpoint) is Checkpoint
+            and held.checkpoint.info(held.names[output.source]).dtype == "BF16"
+            for held in inputs
+        )
 
     def hides(self, name: str) -> bool:
         """Whether NaN in an input may not show in an output."""

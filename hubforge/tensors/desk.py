@@ -10,9 +10,10 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
     from hubforge.tensors.reader import Checkpoint
@@ -23,16 +24,16 @@ class Kept:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
-        self._rows: dict[str, dict[Hashable, Tensor]] = {}
+        self._rows: dict[str, dict[Hashable, Any]] = {}
         self._lock = threading.Lock()
 
-    def put(self, tensor: str, key: Hashable, rows: Tensor) -> None:
+    def put(self, tensor: str, key: Hashable, rows: Tensor | ndarray) -> None:
         with self._lock:
             if self._held + rows.nbytes <= self._limit:
                 self._rows.setdefault(tensor, {})[key] = rows
                 self._held += rows.nbytes
 
-    def get(self, tensor: str, key: Hashable, *, last: bool) -> Tensor | None:
+    def get(self, tensor: str, key: Hashable, *, last: bool) -> Any:
         """The rows, if they were kept. last: nobody will ask again."""
         with self._lock:
             held = self._rows.get(tensor, {})
@@ -110,7 +111,7 @@ class Desk(threading.local):
         return self._factors[key]
 
     def _from_pass(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        kept = self._kept.get(self._tensor, key, last=self._passes == 1)
+        kept: Tensor | None = self._kept.get(self._tensor, key, last=self._passes == 1)
         if kept is not None:
             return kept
         rows = make()

@@ -22,6 +22,7 @@ from hubforge.tensors.chat_template import chosen_template
 from hubforge.tensors.desk import Desk, Kept
 from hubforge.tensors.inputs import Opened, Weights, started_from
 from hubforge.tensors.layout import Layout
+from hubforge.tensors.packed import has_kernels
 from hubforge.tensors.quantised import Dequantised, without_quantisation
 from hubforge.tensors.rounding import LOW, gain_metrics
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
@@ -62,7 +63,8 @@ def run_tensor_op(
         ctx.out.mkdir(parents=True, exist_ok=True)
         writer = Writer(ctx.out, layout, [job.piece for job in jobs if job.piece], _identity(op, ctx, layout))
         stack.callback(writer.close)
-        work = Work(link, writer, jobs, desk, kept)
+        kernels = devices[0] == "cpu" and has_kernels(wanted)
+        work = Work(link, writer, jobs, desk, kept, kernels=kernels)
         count = threads or _threads(wanted, link, ctx, len(devices), on_cpu=devices[0] == "cpu")
         work.run([devices[i % len(devices)] for i in range(count)])
         copy_side_files(

@@ -336,8 +336,6 @@ def _tied_heads(base: Checkpoint, other: Checkpoint, names: Mapping[str, str], f
 
 def _copies_of_embeddings(base: Checkpoint, other: Checkpoint, names: Mapping[str, str]) -> set[str]:
     """The other's head, which the base ties, when it holds nothing but the other's embeddings once more."""
-    import torch
-
     heads = [name for name in other if canonical(name) in _HEADS and name not in names.values()]
     embeddings = [name for name in other if canonical(name) in _EMBEDDINGS]
     if len(heads) != 1 or len(embeddings) != 1:
@@ -345,6 +343,8 @@ def _copies_of_embeddings(base: Checkpoint, other: Checkpoint, names: Mapping[st
     one, two = other.info(heads[0]), other.info(embeddings[0])
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return set()
+    import torch
+
     step = max(1, _AT_ONCE * one.rows // max(one.nbytes, 1))
     for first in range(0, one.rows, step):
         last = min(first + step, one.rows)

@@ -229,11 +229,19 @@ class Checkpoint:
         """The bytes of rows [first, last), as uint8."""
         import torch
 
-        info = self.info(name)
-        row = info.nbytes // max(info.rows, 1)
-        data = torch.empty((last - first) * row, dtype=torch.uint8)
-        self._fill(memoryview(data.numpy()), info, info.start + first * row)
+        data = torch.empty((last - first) * self.row_bytes(name), dtype=torch.uint8)
+        Checkpoint.read_into(self, name, first, last, memoryview(data.numpy()))
         return data
+
+    def read_into(self, name: str, first: int, last: int, data: memoryview) -> None:
+        """Put the bytes of rows [first, last) into a buffer of their size."""
+        info = self.info(name)
+        self._fill(data, info, info.start + first * self.row_bytes(name))
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row; of a scalar, of it."""
+        info = self.info(name)
+        return info.nbytes // max(info.rows, 1)
 
     def rows_on(self, desk: Desk, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last), float32 on the desk's device."""
@@ -241,8 +249,7 @@ class Checkpoint:
 
     def expect(self, name: str, first: int, last: int) -> None:
         """Ask the kernel to have rows [first, last) in memory soon."""
-        info = self.info(name)
-        row = info.nbytes // max(info.rows, 1)
+        info, row = self.info(name), self.row_bytes(name)
         if hasattr(os, "posix_fadvise") and row and last > first:
             start, length = info.start + first * row, (last - first) * row
             os.posix_fadvise(self._descriptor(info.file), start, length, os.POSIX_FADV_WILLNEED)

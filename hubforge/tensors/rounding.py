@@ -45,6 +45,18 @@ def round_to(rows: Tensor, kind: dtype, how: str, seed: int, name: str, first: i
     return rounded.where(torch.isfinite(values), values).to(kind)
 
 
+def round_packed(base: Tensor, merged: Tensor) -> tuple[Tensor, float, float]:
+    """Float32 rows on the CPU as bfloat16, to the nearest, and `gain_sums` of them: in one pass, by a kernel."""
+    import torch
+
+    from hubforge.tensors import kernels
+
+    rounded = torch.empty(merged.shape, dtype=torch.bfloat16)
+    flat = [each.contiguous().reshape(-1).numpy() for each in (base, merged, rounded.view(torch.uint16))]
+    kept, intended = kernels.finish(*flat)
+    return rounded, kept, intended
+
+
 def gain_sums(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, float]:
     """(<rounded - W, merged - W>, <merged - W, merged - W>) of some rows."""
     import torch

@@ -11,7 +11,7 @@ from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.writer import Piece, piece_of
 
 BLOCK = 1 << 18  # elements computed at once: 1 MB of float32; fewer would cost more in calls than the cache gives back
-LIGHT = 4  # blocks of a light op that make one
+LIGHT = 4  # blocks that make one where little is held beside the inputs
 PIECE = 32  # blocks written and journalled together
 
 
@@ -21,6 +21,7 @@ class Target:
 
     slot: Slot
     copied: bool
+    packed: bool  # whether it can be made from its inputs' bytes by compiled kernels
     leaf: tuple[Checkpoint, str]  # the file's tensor that it starts from
     blocks: tuple[tuple[int, int], ...]  # rows [first, last)
     piece: int  # blocks of a piece
@@ -35,6 +36,12 @@ class Target:
     @property
     def elements(self) -> int:
         return self.leaf[0].info(self.leaf[1]).elements
+
+    @property
+    def plain(self) -> bool:
+        """Whether its bytes are those of a file."""
+        checkpoint, name = self.leaf
+        return self.copied and type(checkpoint) is Checkpoint and checkpoint.info(name).dtype == self.slot.dtype
 
     @property
     def passes(self) -> int:
@@ -65,7 +72,9 @@ def plan_targets(link: Link) -> tuple[list[Target], Layout]:
         measures = [] if copied else link.measures(name)
         inputs = len(list(link.files(name)))
         piece = max(PIECE // times, 1)
-        targets.append(Target(slot, copied, link.leaf(name), blocks, piece, measures, inputs, link.hides(name)))
+        targets.append(
+            Target(slot, copied, link.packed(name), link.leaf(name), blocks, piece, measures, inputs, link.hides(name))
+        )
     return targets, layout
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import StepError
@@ -18,7 +18,8 @@ from hubforge.tensors import dtypes
 from hubforge.tensors.chain import Link
 from hubforge.tensors.desk import Desk, Kept
 from hubforge.tensors.inputs import Weights
-from hubforge.tensors.rounding import gain_sums, is_finite, not_finite, round_to
+from hubforge.tensors.packed import Packed
+from hubforge.tensors.rounding import gain_sums, is_finite, not_finite, round_packed, round_to
 from hubforge.tensors.targets import Job, Target
 from hubforge.tensors.writer import Piece, Writer
 
@@ -62,8 +63,11 @@ class Survey:
 class Work:
     """The jobs of one run, taken in order by threads; the first error stops them all."""
 
-    def __init__(self, link: Link, writer: Writer, jobs: Sequence[Job], desk: Desk, kept: Kept) -> None:
-        self.link, self.writer, self.desk, self.kept = link, writer, desk, kept
+    def __init__(
+        self, link: Link, writer: Writer, jobs: Sequence[Job], desk: Desk, kept: Kept, *, kernels: bool = False
+    ) -> None:
+        self.link, self.writer, self.desk, self.kept, self.kernels = link, writer, desk, kept, kernels
+        self.packed = Packed(link, kept)
         self.facts: dict[str, dict[str, list[float]]] = {}  # tensor -> piece -> gain sums
         self.done = 0
         self.total = sum(job.piece.end - job.piece.start for job in jobs if job.piece)
@@ -88,17 +92,15 @@ class Work:
 
     def run(self, devices: Sequence[str]) -> None:
         """Do all the jobs, one thread for each of `devices`, and report progress from this thread alone."""
-        import torch
-
-        before = torch.get_num_threads()
-        # One intra-op thread each: more would compete, and change the order of sums.
-        torch.set_num_threads(1)
         _keep_freed_memory()
         gc.freeze()  # The collector would walk over all that the imports left, again and again.
         workers = [
             threading.Thread(target=self._work, args=(device,), name=f"merge-{i}", daemon=True)
             for i, device in enumerate(devices)
         ]
+        stack = ExitStack()
+        if any(not self._from_bytes(job.target) for job in self.left):
+            stack.enter_context(_one_torch_thread())
         try:
             for worker in workers:
                 worker.start()
@@ -111,7 +113,7 @@ class Work:
             for worker in workers:
                 worker.join()
             gc.unfreeze()
-            torch.set_num_threads(before)
+            stack.close()
         if self.error:
             raise self.error
         self.link.ctx.progress(self.total, self.total, "B", "")
@@ -128,15 +130,16 @@ class Work:
         if facts and job.piece:
             self.facts.setdefault(job.target.name, {})[job.piece.key] = facts
 
-    def _work(self, device: str) -> None:
-        import torch
+    def _from_bytes(self, target: Target) -> bool:
+        """Whether torch has no part in a target: a second or two less of importing it, where that holds for all."""
+        return target.plain or (self.kernels and target.packed)
 
-        torch.set_num_threads(1)
+    def _work(self, device: str) -> None:
         self.desk.device = device
         try:
             with ExitStack() as stack:
-                stack.enter_context(torch.inference_mode())
-                stack.enter_context(_stream(device))
+                if any(not self._from_bytes(job.target) for job in self.left):
+                    stack.enter_context(_torch_on(device))
                 while not self.stopped.is_set():
                     with self.lock:
                         if self.next == len(self.left):
@@ -162,10 +165,13 @@ class Work:
         if not self.surveys[target.name].wait(job.turn, self.stopped):
             return
         found = {}
+        wanted = target.measures[job.turn]
         for block in range(job.first, job.last):
+            if self._from_bytes(target):
+                found[block] = [self.packed.measure(one, target, block) for one in wanted]
+                continue
             self.desk.start(target.name, target.passes - job.turn)
             first, last = target.blocks[block]
-            wanted = target.measures[job.turn]
             found[block] = [one.link.measure(one.source, one.turn, first, last) for one in wanted]
         self.surveys[target.name].add(job.turn, found)
 
@@ -176,14 +182,12 @@ class Work:
         offset = 0
         sums = [0.0, 0.0]
         for block in range(job.first, job.last):
-            self.desk.start(target.name)
             if target.copied:
-                data = self._copy(target, block)
+                view = self.packed.copy(target, block) if target.plain else self._copy(target, block)
             else:
-                data, kept, intended = self._compute(target, block)
+                view, kept, intended = self._made(target, block)
                 sums[0] += kept
                 sums[1] += intended
-            view = memoryview(data.numpy())
             self.writer.write(piece, offset, view)
             offset += len(view)
         facts = None if target.copied else sums
@@ -195,26 +199,32 @@ class Work:
             if not self.unwritten[target.name]:
                 self.kept.drop(target.name)
 
-    def _copy(self, target: Target, block: int) -> Tensor:
+    def _made(self, target: Target, block: int) -> tuple[memoryview, float, float]:
+        """The bytes of one block, and its gain sums."""
+        if self._from_bytes(target):
+            view, kept, intended = self.packed.compute(target, block)
+            if math.isfinite(kept + intended):
+                return view, kept, intended
+            # Something is not finite: what that means is decided in one place.
+        self.desk.start(target.name)
+        return self._compute(target, block)
+
+    def _copy(self, target: Target, block: int) -> memoryview:
         import torch
 
         (checkpoint, name), (first, last) = target.leaf, target.blocks[block]
         if target.slot.dtype == checkpoint.info(name).dtype:
-            return checkpoint.read_bytes(name, first, last)
+            return memoryview(checkpoint.read_bytes(name, first, last).numpy())
         rows = checkpoint.read_rows(name, first, last)
         if rows.dtype != torch.float64:
             rows = rows.float()
-        return self._round(target, rows, first).reshape(-1).view(torch.uint8)
+        return _bytes_of(self._round(target, rows, first))
 
-    def _compute(self, target: Target, block: int) -> tuple[Tensor, float, float]:
-        """The bytes of one block, and its gain sums."""
-        import torch
-
+    def _compute(self, target: Target, block: int) -> tuple[memoryview, float, float]:
         (checkpoint, name), (first, last) = target.leaf, target.blocks[block]
         base = checkpoint.rows_on(self.desk, name, first, last)  # first, so that the ops find it read
         merged = self.link.rows(target.name, first, last)
-        rounded = self._round(target, merged, first)
-        kept, intended = gain_sums(base, merged, rounded)
+        rounded, kept, intended = self._rounded(target, base, merged, first)
         # The sums are finite when all values are.
         if self.link.op.nan == "error":
             if not math.isfinite(kept + intended) and not is_finite(rounded.float()):
@@ -223,7 +233,16 @@ class Work:
                 for _, held, own in self.link.files(target.name):
                     if not is_finite(held.rows(own, first, last)):
                         raise self._not_finite(target, base, first, last)
-        return rounded.contiguous().reshape(-1).view(torch.uint8).cpu(), kept, intended
+        return _bytes_of(rounded), kept, intended
+
+    def _rounded(self, target: Target, base: Tensor, merged: Tensor, first: int) -> tuple[Tensor, float, float]:
+        """Rows in the output's dtype, and their gain sums."""
+        if self.kernels and target.slot.dtype == "BF16" and self.link.op.rounding == "nearest":
+            rounded, kept, intended = round_packed(base, merged)
+            if math.isfinite(kept + intended):  # Else the bits of NaN are to be torch's.
+                return rounded, kept, intended
+        rounded = self._round(target, merged, first)
+        return rounded, *gain_sums(base, merged, rounded)
 
     def _round(self, target: Target, rows: Tensor, first: int) -> Tensor:
         op, ctx = self.link.op, self.link.ctx
@@ -254,16 +273,37 @@ class Work:
         return StepError(what, where=where, mend="Lower the scale, or set dtype: bfloat16 or float32.")
 
 
-def _stream(device: str) -> AbstractContextManager[Any]:
-    """On a GPU a stream of the thread's own, so that its copies run beside another thread's kernels."""
+def _bytes_of(rows: Tensor) -> memoryview:
     import torch
 
-    if not device.startswith("cuda"):
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.cuda.device(device))
-    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-    return stack
+    return memoryview(rows.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """One intra-op thread for each of ours: more would compete, and change the order of sums."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _torch_on(device: str) -> Iterator[None]:
+    """torch for a thread: no gradients; on a GPU a stream of its own, so that its copies run beside others' kernels."""
+    import torch
+
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if device.startswith("cuda"):
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        yield
 
 
 def _keep_freed_memory() -> None:
@@ -272,6 +312,6 @@ def _keep_freed_memory() -> None:
     Fresh pages for every block's temporaries took a third of slerp's CPU time. Freeing one block of nearly 32 MB
     raises the allocator's thresholds (mallopt(3), M_MMAP_THRESHOLD); elsewhere it does nothing.
     """
-    import torch
+    import numpy as np
 
-    torch.empty((32 << 20) - 4096, dtype=torch.uint8)
+    np.empty((32 << 20) - 4096, np.uint8)
