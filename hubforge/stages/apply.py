@@ -172,17 +172,17 @@ class Apply(TensorOp):
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         factors = self.weights or [1.0] * len(self.adapters)
         held = [(adapter, factor) for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
-        change = w[held[0][0]] * held[0][1]
-        for adapter, factor in held[1:]:
-            change += w[adapter] * factor
-        scale = self.scale
+        change, scale = None, self.scale
+        for adapter, factor in held:  # Times 1 is left out: it takes as long as any other.
+            part = w[adapter] if factor == 1 else w[adapter] * factor
+            change = part if change is None else change + part
         if self.importance is not None:
-            change *= 1 - normalized(w[self.importance], self.normalize, at.totals)
+            change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
             if self.damps_layers() and at.layer is not None:
                 scale *= 1 - self._layer(at.layer, at)
         if self.protect is not None:
             change = self._protected(change, at)
-        return change.mul_(scale).add_(w[self.model])
+        return (change if scale == 1 else change * scale) + w[self.model]
 
     def _protected(self, change: Tensor, at: Place) -> Tensor:
         known: Known = at.known

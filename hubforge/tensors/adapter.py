@@ -341,7 +341,7 @@ def delta(module: LoraModule, a: Tensor, b: Tensor, first: int = 0, last: int | 
     a, b: the factors, float32. The product is scaled afterwards, as PEFT does, so that a merge has PEFT's bits.
     """
     product: Tensor = (b @ a[:, first:last]).T if module.transposed else b[first:last] @ a
-    return product * module.scaling
+    return product if module.scaling == 1 else product.mul_(module.scaling)
 
 
 def dora_delta(base: Tensor, change: Tensor, magnitude: Tensor, norm: Tensor | None = None) -> Tensor:

@@ -151,6 +151,7 @@ def _in_threads(
             return merge(module)
 
     before = torch.get_num_threads()
+    torch.set_num_threads(1)  # here too: what this thread does to the results would have others spin for its sake
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
