@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
 import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,11 +194,23 @@ class Runner:
 
 def execute(op: Op, ctx: Context) -> Metrics | None:
     """Run an op: a TensorOp through the streaming engine, any other by itself."""
-    if isinstance(op, TensorOp):
-        from hubforge.tensors.engine import run_tensor_op
+    with _seldom_collecting() if op.extra == "merge" else nullcontext():
+        if isinstance(op, TensorOp):
+            from hubforge.tensors.engine import run_tensor_op
 
-        return run_tensor_op(op, ctx)
-    return op.run(ctx)
+            return run_tensor_op(op, ctx)
+        return op.run(ctx)
+
+
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """For merges, which leave no cycles: a quarter of torch's import went to looking for some among its modules."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def check_requirements(op: Op, where: str) -> None:

@@ -172,10 +172,11 @@ class Apply(TensorOp):
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         factors = self.weights or [1.0] * len(self.adapters)
         held = [(adapter, factor) for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
-        change, scale = None, self.scale
-        for adapter, factor in held:  # Times 1 is left out: it takes as long as any other.
-            part = w[adapter] if factor == 1 else w[adapter] * factor
-            change = part if change is None else change + part
+        # A factor of 1 is left out: it would be one more pass over the block.
+        change, *more = (w[adapter] if factor == 1 else w[adapter] * factor for adapter, factor in held)
+        for part in more:
+            change = change + part
+        scale = self.scale
         if self.importance is not None:
             change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
             if self.damps_layers() and at.layer is not None:

@@ -14,7 +14,7 @@ from hubforge.errors import StepError
 from hubforge.op import Context, Fused, Place, TensorOp
 from hubforge.tensors import dtypes
 from hubforge.tensors.desk import Desk
-from hubforge.tensors.inputs import Input, Inputs, Opened, Rows, Weights, is_buffer, open_inputs, require_float
+from hubforge.tensors.inputs import Deltas, Input, Inputs, Opened, Rows, Weights, is_buffer, open_inputs, require_float
 from hubforge.tensors.names import layer_of, natural_order
 from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.towers import renamed
@@ -102,6 +102,14 @@ class Link:
     def light(self, name: str) -> bool:
         """Whether little is held beside the inputs of a tensor, so that fewer and larger blocks are faster."""
         return self.op.combines and all(link.light(own) for link, own in self._reads(name))
+
+    def multiplies(self, name: str) -> bool:
+        """Whether an adapter's factors are multiplied for a tensor: a matrix product of few rows is slow."""
+        output = self.outputs[name]
+        held = [self.inputs.by_ref[ref] for ref in output.present] if output.changed else []
+        return any(isinstance(each, Deltas) for each in held) or any(
+            link.multiplies(own) for link, own in self._reads(name)
+        )
 
     def packed(self, name: str) -> bool:
         """Whether an output can be made from the bytes of its inputs: bfloat16 in files, combined and rounded by us."""

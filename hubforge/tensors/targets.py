@@ -12,6 +12,7 @@ from hubforge.tensors.writer import Piece, piece_of
 
 BLOCK = 1 << 18  # elements computed at once: 1 MB of float32; fewer would cost more in calls than the cache gives back
 LIGHT = 4  # blocks that make one where little is held beside the inputs
+PRODUCT_ROWS = 128  # of a block for which factors are multiplied, where that makes no more than LIGHT blocks of it
 PIECE = 32  # blocks written and journalled together
 
 
@@ -68,6 +69,8 @@ def plan_targets(link: Link) -> tuple[list[Target], Layout]:
     for name, slot in layout.slots.items():
         info, copied = infos[name], link.copied(name)
         times = LIGHT if copied or link.light(name) else 1
+        if not copied and link.multiplies(name):
+            times = max(times, min(-(-PRODUCT_ROWS * info.elements // (max(info.rows, 1) * BLOCK)), LIGHT))
         blocks = _blocks(info, info.rows if not copied and link.whole(name) else None, BLOCK * times)
         measures = [] if copied else link.measures(name)
         inputs = len(list(link.files(name)))

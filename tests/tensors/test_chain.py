@@ -41,6 +41,7 @@ class Inner(TensorOp):
 def small_blocks(monkeypatch):
     monkeypatch.setattr(targets, "BLOCK", 64)
     monkeypatch.setattr(targets, "PIECE", 3)
+    monkeypatch.setattr(targets, "PRODUCT_ROWS", 1)
 
 
 def numbers(seed, *shape, scale=1.0):
@@ -205,6 +206,24 @@ def test_interrupted_and_resumed_gives_the_same_bytes(rounding, family, context,
     resumed = run_chain(steps, family, context, fused=True, out="-killed", rounding=rounding)[0]
     assert len(calls) == len(set(calls)) == 13  # all pieces, none of them twice
     assert digest(resumed.out) == digest(whole.out)
+
+
+def test_products_are_taken_of_more_rows(family, context, monkeypatch):
+    seen = []
+    original = Apply.tensor
+    monkeypatch.setattr(Apply, "tensor", lambda self, w, at: seen.append((at.name, at.first)) or original(self, w, at))
+    plain = run_chain([("out", Apply, STYLED)], family, context, fused=False, out="-plain")[0]
+    name = f"{UP.format(0)}.weight"
+    assert sorted(first for each, first in seen if each == name) == [0, 8, 16]  # 64 elements each
+    seen.clear()
+    monkeypatch.setattr(targets, "PRODUCT_ROWS", 16)
+    more = run_chain([("out", Apply, STYLED)], family, context, fused=False, out="-more")[0]
+    assert sorted(first for each, first in seen if each == name) == [0, 16]
+    seen.clear()
+    monkeypatch.setattr(targets, "PRODUCT_ROWS", 1 << 20)  # at most LIGHT blocks make one
+    run_chain([("out", Apply, STYLED)], family, context, fused=False, out="-most")
+    assert sorted(first for each, first in seen if each == name) == [0]
+    assert digest(more.out) == digest(plain.out)
 
 
 def test_config_and_files_pass_through_the_chain(family, context):
