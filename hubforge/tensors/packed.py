@@ -14,16 +14,22 @@ from hubforge.tensors.targets import Target
 if TYPE_CHECKING:
     from numpy import ndarray
 
-_WORTH = 1 << 26  # elements to compute from which the kernels save more than it takes to load them
+# Elements to compute from which the kernels save more than the second it takes to load them: where they take torch's
+# place, which takes longer to load, and where they only round what it computed.
+_WORTH, _WORTH_ROUNDING = 1 << 26, 1 << 31
 
 
 def has_kernels(wanted: Sequence[Target]) -> bool:
     """Whether compiled kernels are at hand, and so much is computed that they pay."""
-    if sum(target.elements for target in wanted if not target.copied) < _WORTH:
+    changed = [target for target in wanted if not target.copied]
+    if (
+        sum(target.elements for target in changed if target.packed) < _WORTH
+        and sum(target.elements for target in changed) < _WORTH_ROUNDING
+    ):
         return False
     try:
         from hubforge.tensors import kernels  # noqa: F401 - compiled, or loaded, before there are threads
-    except ImportError:
+    except (ImportError, OSError):
         return False
     return True
 

@@ -139,6 +139,12 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(targets, "PIECE", 8)
 
 
+def with_kernels(monkeypatch):
+    """However little there is to compute."""
+    monkeypatch.setattr(packed, "_WORTH", 0)
+    monkeypatch.setattr(packed, "_WORTH_ROUNDING", 0)
+
+
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
@@ -149,7 +155,7 @@ def test_merges_have_the_same_files_with_kernels_as_without(
 ):
     plain = context("plain", **family)
     found = run_op(OPS[name], plain, 2)
-    monkeypatch.setattr(packed, "_WORTH", 0)
+    with_kernels(monkeypatch)
     called = []
     for kernel in ("combine", "finish"):
         original = getattr(kernels, kernel)
@@ -162,7 +168,7 @@ def test_merges_have_the_same_files_with_kernels_as_without(
 
 
 def test_rows_that_were_not_kept_are_read_again(family, small_blocks, context, run_op, monkeypatch):
-    monkeypatch.setattr(packed, "_WORTH", 0)
+    with_kernels(monkeypatch)
     kept, again = context("kept", **family), context("again", **family)
     run_op(OPS["slerp"], kept)
     monkeypatch.setattr("hubforge.tensors.engine._KEPT", 1 << 40)  # of the memory: nothing
@@ -177,13 +183,14 @@ def test_nan_that_is_kept_has_torchs_bits(checkpoint_folder, context, run_op, mo
     made = []
     for worth in (1 << 40, 0):
         monkeypatch.setattr(packed, "_WORTH", worth)
+        monkeypatch.setattr(packed, "_WORTH_ROUNDING", worth)
         made.append(context(str(worth), **held))
         run_op(Linear(models=["a", "b"], nan="keep"), made[-1])
     assert digests(made[0].out) == digests(made[1].out)
 
 
 def test_what_is_not_finite_is_judged_as_without_kernels(checkpoint_folder, context, run_op, monkeypatch, tensors_of):
-    monkeypatch.setattr(packed, "_WORTH", 0)
+    with_kernels(monkeypatch)
     good = {"model.layers.0.mlp.up_proj.weight": numbers(0, 24, 8).bfloat16(), "model.clip_max": torch.tensor(math.inf)}
     good = {name: tensor.bfloat16() for name, tensor in good.items()}
     bad = {name: tensor.clone() for name, tensor in good.items()}
@@ -198,12 +205,25 @@ def test_what_is_not_finite_is_judged_as_without_kernels(checkpoint_folder, cont
 
 
 def test_without_numba_torch_does_it(family, context, run_op, monkeypatch):
-    monkeypatch.setattr(packed, "_WORTH", 0)
+    with_kernels(monkeypatch)
     monkeypatch.setitem(sys.modules, "hubforge.tensors.kernels", None)
     monkeypatch.delattr("hubforge.tensors.kernels")
     ctx = context(**family)
     run_op(OPS["linear"], ctx)
     assert (ctx.out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "worth", "loads"), [("linear", 1097, True), ("linear", 1098, False), ("apply", 1, False)]
+)
+def test_kernels_are_loaded_where_they_pay(name, worth, loads, family, context, run_op, monkeypatch):
+    """A model of 1,097 elements, of which an `apply` changes 768, rounding what torch computed."""
+    monkeypatch.setattr(packed, "_WORTH", worth)
+    asked = []
+    monkeypatch.setattr(kernels, "combine", lambda *args, run=kernels.combine: asked.append("combine") or run(*args))
+    monkeypatch.setattr(kernels, "finish", lambda *args, run=kernels.finish: asked.append("finish") or run(*args))
+    run_op(OPS[name], context(**family))
+    assert bool(asked) == loads
 
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp"])
