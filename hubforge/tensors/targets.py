@@ -12,7 +12,7 @@ from hubforge.tensors.writer import Piece, piece_of
 
 BLOCK = 1 << 18  # elements computed at once: 1 MB of float32; fewer would cost more in calls than the cache gives back
 LIGHT = 4  # blocks that make one where little is held beside the inputs
-PRODUCT_ROWS = 128  # of a block for which factors are multiplied, where that makes no more than LIGHT blocks of it
+PRODUCT_ROWS = 256  # of a block for which factors are multiplied, where that makes no more than LIGHT blocks of it
 PIECE = 32  # blocks written and journalled together
 
 
