@@ -12,7 +12,18 @@ from pydantic import Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.models import load_model, load_tokenizer
-from hubforge.op import AdapterRef, Context, DatasetRef, Kind, MaskRef, Metrics, ModelRef, Op
+from hubforge.op import (
+    CHAT_TEMPLATE,
+    AdapterRef,
+    ChatTemplate,
+    Context,
+    DatasetRef,
+    Kind,
+    MaskRef,
+    Metrics,
+    ModelRef,
+    Op,
+)
 from hubforge.rows import rows, texts
 from hubforge.stages.apply import Apply
 from hubforge.tensors.engine import run_tensor_op
@@ -55,6 +66,9 @@ class ApplyToGain(Op):
     importance: MaskRef | None = Field(None, description="A Fisher mask that damps the change, as in `apply`.")
     protect: MaskRef | None = Field(None, description="A subspace mask to project the change out of, as in `apply`.")
     projection: Projection = Field("two_sided", description="How, as in `apply`.")
+    chat_template: ChatTemplate | None = Field(
+        None, description=f"{CHAT_TEMPLATE} The gain is measured with the model's own."
+    )
 
     @model_validator(mode="after")
     def _as_apply(self) -> ApplyToGain:
@@ -77,7 +91,7 @@ class ApplyToGain(Op):
         scale, before, after = self._search(ctx, full, examples)
         shutil.rmtree(full)
         ctx.note(f"scale {scale:.4f}: the loss falls from {before:.4f} to {after:.4f}")
-        return run_tensor_op(self._apply(scale), ctx) | {
+        return run_tensor_op(self._apply(scale, chat_template=self.chat_template), ctx) | {
             "scale": scale,
             "loss_gain": before - after,
             "loss_before": before,

@@ -76,6 +76,14 @@ def test_the_written_model_has_the_gain(inputs, tmp_path):
     assert not (tmp_path / "out" / "full").exists()
 
 
+def test_a_chat_template_goes_beside_the_model_once_its_scale_is_known(inputs, tmp_path):
+    plain = op().run(context(tmp_path / "plain", inputs))
+    metrics = op(chat_template="{{ messages[0].content }}").run(context(tmp_path / "out", inputs))
+    assert metrics["scale"] == plain["scale"]  # what is measured goes through the model's own
+    assert load_tokenizer(tmp_path / "out").chat_template == "{{ messages[0].content }}"
+    assert load_tokenizer(tmp_path / "plain").chat_template == load_tokenizer(inputs["it"].path).chat_template
+
+
 def test_a_gain_that_is_not_there_is_refused_with_the_most_that_is(inputs, tmp_path):
     with pytest.raises(StepError, match=r"r\.yaml:7: the adapters gain at most 1\.\d+ nats .* and 20\.0 were asked"):
         op(gain=20).run(context(tmp_path, inputs))
