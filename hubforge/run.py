@@ -9,7 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -194,17 +194,17 @@ class Runner:
 
 def execute(op: Op, ctx: Context) -> Metrics | None:
     """Run an op: a TensorOp through the streaming engine, any other by itself."""
-    with _seldom_collecting() if op.extra == "merge" else nullcontext():
-        if isinstance(op, TensorOp):
+    if isinstance(op, TensorOp):
+        with _seldom_collecting():
             from hubforge.tensors.engine import run_tensor_op
 
             return run_tensor_op(op, ctx)
-        return op.run(ctx)
+    return op.run(ctx)
 
 
 @contextmanager
 def _seldom_collecting() -> Iterator[None]:
-    """For merges, which leave no cycles: a quarter of torch's import went to looking for some among its modules."""
+    """For a TensorOp, which leaves no tensors in cycles; a quarter of torch's import went to looking for such."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, *before[1:])
     try:

@@ -66,7 +66,8 @@ def _narrow(value: Any) -> Any:
     return np.uint16(_NAN if value != value else rounded)
 
 
-# Loops that only sum may be summed in lanes: no byte of the output depends on it.
+# Loops that only sum may be summed in lanes: no byte of the output depends on it. There are two of them, for a base in
+# bfloat16 and in float32: with one, and the base widened into a tile first, `combine` took 1.2 to 1.7 times as long.
 @_compiled("Tuple((f4,f4))(f4[::1], u2[::1], u2[::1])", fastmath={"reassoc"})
 def _gain(merged: Any, base: Any, rounded: Any) -> Any:
     square, product = np.float32(0), np.float32(0)

@@ -85,8 +85,7 @@ class Packed(threading.local):
         kept = self._kept.get(target.name, (first, last), last=not again)
         if kept is not None:
             return refs, kept
-        elements = target.leaf[0].row_bytes(target.leaf[1]) // 2 * (last - first)
-        size = 2 * elements * len(refs)
+        size = target.leaf[0].row_bytes(target.leaf[1]) * (last - first) * len(refs)
         rows = (np.empty(size, np.uint8) if again else self._buffer("rows", size)).reshape(len(refs), -1)
         for ref, row in zip(refs, rows, strict=True):
             held = by_ref[ref]

@@ -230,7 +230,7 @@ class Checkpoint:
         import torch
 
         data = torch.empty((last - first) * self.row_bytes(name), dtype=torch.uint8)
-        Checkpoint.read_into(self, name, first, last, memoryview(data.numpy()))
+        self.read_into(name, first, last, memoryview(data.numpy()))
         return data
 
     def read_into(self, name: str, first: int, last: int, data: memoryview) -> None:

@@ -83,6 +83,7 @@ class Work:
             for job in jobs
             if job.target.name in self.unwritten and not (job.piece and job.piece.key in writer.finished)
         ]
+        self.with_torch = any(not self._from_bytes(job.target) for job in self.left)
         self.next = 0
         self.surveys = {job.target.name: Survey(job.target) for job in self.left}
         self.lock = threading.Lock()
@@ -92,15 +93,15 @@ class Work:
 
     def run(self, devices: Sequence[str]) -> None:
         """Do all the jobs, one thread for each of `devices`, and report progress from this thread alone."""
+        stack = ExitStack()
+        if self.with_torch:
+            stack.enter_context(_one_torch_thread())
         _keep_freed_memory()
         gc.freeze()  # The collector would walk over all that the imports left, again and again.
         workers = [
             threading.Thread(target=self._work, args=(device,), name=f"merge-{i}", daemon=True)
             for i, device in enumerate(devices)
         ]
-        stack = ExitStack()
-        if any(not self._from_bytes(job.target) for job in self.left):
-            stack.enter_context(_one_torch_thread())
         try:
             for worker in workers:
                 worker.start()
@@ -138,7 +139,7 @@ class Work:
         self.desk.device = device
         try:
             with ExitStack() as stack:
-                if any(not self._from_bytes(job.target) for job in self.left):
+                if self.with_torch:
                     stack.enter_context(_torch_on(device))
                 while not self.stopped.is_set():
                     with self.lock:
