@@ -3,11 +3,12 @@
 Without a GPU: a Llama with random weights, float32. Prints the time of the engines, as ratios to forward + backward of
 the same batches with all weight gradients (made, and dropped at once), and their peak memory over that of such a pass.
 
-With `--gpu`: Gemma 4 text models of the shapes of E4B and 31B, random bfloat16 weights built on the device, 200 x 256
-random tokens. Prints the measured matmul rate, the memory plan, the time, its share of the floor of 6 N T operations at
-that rate (N: weights that multiply), and peak memory. The means are brought to the host in bfloat16, as the op would to
-write them; nothing is written to disk. Then the sums of a few weights over a few examples are compared with a loop of
-one example at a time. `--small` does the same with tiny shapes, on a CPU too.
+With `--gpu`: Gemma 4 text models of the shapes of E4B and 31B (and 26B-A4B, a mixture of experts, when named), random
+bfloat16 weights built on the device, 200 x 256 random tokens. Prints the measured matmul rate, the memory plan, the
+time, its share of the floor of 6 N T operations at that rate (N: weights that multiply), and peak memory. The means are
+brought to the host in bfloat16, as the op would to write them; nothing is written to disk. Then the sums of a few
+weights over a few examples are compared with a loop of one example at a time. `--small` does the same with tiny shapes,
+on a CPU too.
 """
 
 from __future__ import annotations
@@ -56,14 +57,31 @@ GEMMA: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0,
     },
+    "26B-A4B": {
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
 }
+# What is covered: the seven linears, and of a mixture its experts too.
+TARGETS = {"26B-A4B": _targets.LINEARS + r"|\.experts\.(?:gate_up|down)_proj$"}
 TINY: dict[str, dict[str, Any]] = {
-    "E4B": {**GEMMA["E4B"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12},
-    "31B": {**GEMMA["31B"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12},
+    name: {**fields, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12}
+    for name, fields in GEMMA.items()
 }
 for name, fields in TINY.items():
     fields.update(num_attention_heads=4, num_key_value_heads=2, num_kv_shared_layers=6 if name == "E4B" else 0)
-    fields.update({"num_global_key_value_heads": 1} if name == "31B" else {"hidden_size_per_layer_input": 8})
+    fields.update({"hidden_size_per_layer_input": 8} if name == "E4B" else {"num_global_key_value_heads": 1})
+TINY["26B-A4B"].update(num_experts=8, top_k_experts=2, moe_intermediate_size=32)
 
 
 def main() -> None:
@@ -234,7 +252,10 @@ def one_model(name: str, given: argparse.Namespace, device: str, rate: float) ->
     sync(device)
     parameters = dict(model.named_parameters())
     total = sum(weight.numel() for weight in parameters.values())
+    # Of the experts those count that a token goes through.
+    active = GEMMA[name].get("top_k_experts", 0) / GEMMA[name].get("num_experts", 1)
     multiply = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    multiply += active * sum(weight.numel() for weight in parameters.values() if weight.dim() == 3)
     print(f"\n{name}: {total / 1e9:.3f} G parameters, of which {multiply / 1e9:.3f} G multiply; text only, bfloat16")
     print(f"  built in {time.monotonic() - began:.1f} s", flush=True)
     samples, length = given.samples or (6 if given.small else 200), given.length or (24 if given.small else 256)
@@ -242,9 +263,10 @@ def one_model(name: str, given: argparse.Namespace, device: str, rate: float) ->
     examples = [Example(torch.randint(5, vocabulary, (length,), generator=draw).tolist()) for _ in range(samples)]
     shapes = {own: tuple(weight.shape) for own, weight in parameters.items()}
     config = model.config.to_dict()
-    covered = _targets.select(shapes, config).names
+    covered = _targets.select(shapes, config, TARGETS.get(name)).names
     room = free(device, model)
-    work = _memory.work_of(shapes, covered, config, [length] * samples, 2, cuts(config))
+    apart = name not in TARGETS
+    work = _memory.work_of(shapes, covered, config, [length] * samples, 2, cuts(config), apart=apart)
     for engine in given.engines:
         plan = _memory.choose(work, room, engine, given.batch)
         print("  " + _memory.said(work, room, plan, device), flush=True)
