@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 
 from hubforge.errors import HubforgeError, StepError
 from hubforge.events import Event, Report
-from hubforge.llama_cpp.process import child_environment, cpu_threads, ending, last_lines
+from hubforge.processes import child_environment, cpu_threads, ending, last_lines
 
 _GRACE = 3.0  # seconds to hear of the cause after the first failure, which may be a mere consequence of it
 

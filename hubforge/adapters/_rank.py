@@ -14,7 +14,7 @@ from typing import Any
 
 from hubforge.adapters._processes import Raised, Returned
 from hubforge.events import silent
-from hubforge.llama_cpp.process import exit_with_parent
+from hubforge.processes import exit_with_parent
 
 _PATIENCE = timedelta(minutes=30)  # of those that wait while the first measures and writes; it is accelerate's
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hubforge.llama_cpp.process import exit_with_parent
+from hubforge.processes import exit_with_parent
 
 NAMED = "hubforge: pre-tokenizer named "
 UNKNOWN = "hubforge: pre-tokenizer unknown"

@@ -1,4 +1,4 @@
-"""Run a helper of ours in a process of its own, follow what it prints, and say how it died."""
+"""Run a helper of ours in a process of its own, follow what it prints, and have its file whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,41 +15,11 @@ from pathlib import Path
 from typing import IO, cast
 
 from hubforge.errors import StepError
+from hubforge.processes import child_environment, ending, last_lines
 
 UNFINISHED = ".unfinished-"  # how the name of a file being written starts; a killed run leaves such a file
 _NEXT_TO_NOTHING = 256 << 10  # bytes; a block of a tensor that did not fit may have been larger than what is left
 _ENDS = re.compile(r"[\r\n]+")  # tqdm ends a line with a carriage return
-
-
-def cpu_threads() -> int:
-    """How many threads to compute with: what OMP_NUM_THREADS says, else the cores this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def child_environment() -> dict[str, str]:
-    """Our environment, in which a child finds this very hubforge and reaches no Hub."""
-    here = str(Path(__file__).resolve().parents[2])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def ending(returncode: int) -> str:
-    """How a process ended, in words: "exit code 1", "SIGABRT"."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return signal.Signals(-returncode).name
-    except ValueError:
-        return f"signal {-returncode}"
-
-
-def last_lines(text: str, most: int = 4) -> str:
-    """The end of what a tool printed, which is where it says why."""
-    return "\n  ".join([line.rstrip() for line in text.splitlines() if line.strip()][-most:])
 
 
 def run_module(
@@ -115,14 +84,3 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def exit_with_parent() -> None:
-    """For a child: end when the parent's end of our stdin closes, so that a killed run leaves nobody writing."""
-    import threading
-
-    def watch() -> None:
-        os.read(0, 1)  # Not sys.stdin, whose lock would be missed at exit. Nothing is ever sent.
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

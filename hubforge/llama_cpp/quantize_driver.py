@@ -9,7 +9,7 @@ import json
 import sys
 from importlib.util import find_spec
 
-from hubforge.llama_cpp.process import exit_with_parent
+from hubforge.processes import exit_with_parent
 
 
 def main() -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubforge.llama_cpp.header import TENSOR_TYPES, read_header
-from hubforge.llama_cpp.process import cpu_threads, run_module, written_whole
+from hubforge.llama_cpp.process import run_module, written_whole
+from hubforge.processes import cpu_threads
 
 # Our name: llama.cpp's number of it (enum llama_ftype in llama.h). The IQ1 to IQ3_XXS types need an importance matrix.
 FILE_TYPES = {

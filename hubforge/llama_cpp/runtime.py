@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from hubforge.errors import StepError
 from hubforge.llama_cpp.header import read_header
-from hubforge.llama_cpp.process import child_environment, cpu_threads, ending, last_lines
+from hubforge.processes import child_environment, cpu_threads, ending, last_lines
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import StepError
 from hubforge.op import Context, Metrics
+from hubforge.processes import processors
 from hubforge.tensors import dtypes
 from hubforge.tensors.adapter import CONFIG, WEIGHTS, Adapter, LoraModule
 from hubforge.tensors.layout import Layout, lay_out
@@ -152,7 +152,7 @@ def _in_threads(
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # here too: what this thread does to the results would have others spin for its sake
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = processors()
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
         try:

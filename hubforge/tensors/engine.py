@@ -7,7 +7,6 @@ Lay out; then read, compute, round once and write blocks. What is computed is `c
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from hubforge.errors import StepError
 from hubforge.op import Context, Metrics, TensorOp
+from hubforge.processes import processors
 from hubforge.tensors import dtypes, targets
 from hubforge.tensors.chain import Computed, Link, fused_steps, open_chain, ops_from_base
 from hubforge.tensors.chat_template import chosen_template
@@ -101,8 +101,7 @@ def _threads(wanted: Sequence[Target], link: Link, ctx: Context, devices: int, *
 
     With GPUs three for each: one reads, one computes, one writes.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_most = processors if on_cpu else 3 * devices
+    at_most = processors() if on_cpu else 3 * devices
     held = {target.name: target.elements * 4 * (target.inputs + 4) for target in wanted if _is_whole(target, link)}
     if not held:
         return at_most

@@ -17,9 +17,9 @@ import pytest
 from hubforge.errors import SourceError, StepError
 from hubforge.llama_cpp.fidelity import measure
 from hubforge.llama_cpp.header import read_header
-from hubforge.llama_cpp.process import child_environment
 from hubforge.llama_cpp.quantizer import quantize
 from hubforge.llama_cpp.runtime import GgufModel
+from hubforge.processes import child_environment
 
 
 def test_q8_0_takes_34_bytes_for_32_weights(tiny_gguf: dict[str, Path]) -> None:
