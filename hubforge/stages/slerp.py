@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_AT_ONCE = 1 << 16  # elements of each model in float64, 1 MB for both: in the cache of a core
+_SUMMED_AT_ONCE = 1 << 16  # elements of each model in float64, 1 MB for both: in the cache of a core; it orders the sum
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def products(a: Tensor, b: Tensor) -> dict[str, float]:
     import torch
 
     one, other = a.flatten(), b.flatten()
-    step = min(_AT_ONCE, max(one.numel(), 1))
+    step = min(_SUMMED_AT_ONCE, max(one.numel(), 1))
     both = torch.empty((2, step), dtype=torch.float64, device=a.device)  # a and d
     gram = torch.zeros((2, 2), dtype=torch.float64, device=a.device)
     for first in range(0, one.numel(), step):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
-_AT_ONCE = 16 << 20  # bytes compared at once
+_COMPARED_AT_ONCE = 16 << 20  # bytes
 _NORMS_OF = 1 << 20  # elements whose squares are summed at once
 
 
@@ -345,7 +345,7 @@ def _copies_of_embeddings(base: Checkpoint, other: Checkpoint, names: Mapping[st
         return set()
     import torch
 
-    step = max(1, _AT_ONCE * one.rows // max(one.nbytes, 1))
+    step = max(1, _COMPARED_AT_ONCE * one.rows // max(one.nbytes, 1))
     for first in range(0, one.rows, step):
         last = min(first + step, one.rows)
         if not torch.equal(other.read_bytes(one.name, first, last), other.read_bytes(two.name, first, last)):

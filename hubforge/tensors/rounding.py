@@ -15,7 +15,7 @@ from hubforge.tensors.random import uniform
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-_AT_ONCE = 1 << 16  # elements measured at once: with what is made of them they stay in the cache of a core
+_MEASURED_AT_ONCE = 1 << 16  # elements: with what is made of them they stay in the cache of a core
 LOW = 0.9  # below this the merge is not the one that was asked for
 
 
@@ -61,7 +61,7 @@ def gain_sums(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, flo
     """(<rounded - W, merged - W>, <merged - W, merged - W>) of some rows."""
     import torch
 
-    step = _AT_ONCE if merged.device.type == "cpu" else max(merged.numel(), 1)
+    step = _MEASURED_AT_ONCE if merged.device.type == "cpu" else max(merged.numel(), 1)
     rows = zip(*(each.reshape(-1).split(step) for each in (base, merged, rounded)), strict=True)
     intended, error = torch.empty((2, step), device=merged.device)
     squares, products = [], []
