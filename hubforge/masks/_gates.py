@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import SourceError, StepError
 from hubforge.op import Context, MaskRef
-from hubforge.tensors.gate import Spread, in_unit_interval, needs_all, normalized
+from hubforge.tensors.gate import Spread, in_unit_interval, needs_all, normalized, require_some
 from hubforge.tensors.names import Aliases, layer_of
 from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_json
 
@@ -73,7 +73,8 @@ class Part:
         if self.whole is not None:
             return self.whole.normalized(values, self.how)
         spread = Spread()
-        spread.add(values, own)
+        spread.add(values, f"{own} of {self.ref}")
+        require_some(spread.high, f"{own} of {self.ref}")
         low = spread.least_positive if self.how == "log" else spread.low
         if needs_all(self.how) and spread.exact:
             return spread.normalized(values, self.how)

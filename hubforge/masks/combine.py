@@ -14,7 +14,7 @@ from hubforge.masks._files import TensorWriter, settle, size, write_json
 from hubforge.masks._gates import BINS, GATE, Part
 from hubforge.op import Context, Kind, MaskRef, Metrics, Op
 from hubforge.tensors import dtypes
-from hubforge.tensors.gate import Normalize, Spread
+from hubforge.tensors.gate import Normalize, Spread, require_some
 from hubforge.tensors.layout import lay_out
 from hubforge.tensors.names import layer_of
 
@@ -109,6 +109,7 @@ class Combine(Op):
             whole = Spread()
             for name in ctx.track(part.shapes, unit="tensor", what=f"counting {part.ref}"):
                 whole.add(part.raw(name), f"{name} of {part.ref}")
+            require_some(whole.high, part.ref)
             if not whole.exact and (self.normalize == "rank" or self.normalize.startswith("clip")):
                 ctx.warn(f"{part.ref} is wider than bfloat16: its ranks and quantiles are those of rounded values")
             part.whole = whole
@@ -152,7 +153,8 @@ class Combine(Op):
                 else:
                     gate = gate * (1 - more)
         except StepError as error:
-            raise StepError(f"{owns[0]}: {error.what}", where=where, mend=error.mend) from error
+            named = error.what if owns[0] in error.what else f"{owns[0]}: {error.what}"
+            raise StepError(named, where=where, mend=error.mend) from error
         if self.how == "mean":
             return gate / len(parts)
         return 1 - gate if self.how == "either" else gate

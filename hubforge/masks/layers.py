@@ -59,8 +59,12 @@ class Layers(Op):
         if not bool((values.isfinite() & (values >= 0)).all()):
             raise StepError(f"a layer of {self.mask} has no finite, positive {self.of}", where=ctx.where)
         least = values[values > 0].min() if self.normalize == "log" and bool((values > 0).any()) else values.min()
+        gate = holds(path, GATE) and not holds(path, "fisher")
+        if not gate and (empty := [layer for layer in ordered if not facts[layer]["sum"]]):
+            what = f"layer {empty[0]} of {self.mask} is zero throughout"
+            raise StepError(what, where=ctx.where, mend="Nothing of it would be spared: make or fetch the mask again.")
         made = normalized(values, self.normalize, {"min": float(least), "max": float(values.max())}).tolist()
-        with open_checkpoint(path, GATE if holds(path, GATE) and not holds(path, "fisher") else "fisher") as mask:
+        with open_checkpoint(path, GATE if gate else "fisher") as mask:
             tensors = {
                 name: list(info.shape) for name, info in mask.tensors.items() if layer_of(name) in facts
             }  # of no other tensor is there anything to say

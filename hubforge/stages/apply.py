@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, TensorOp
 from hubforge.tensors.adapter import open_adapter
-from hubforge.tensors.gate import Normalize, needs_all, normalized
+from hubforge.tensors.gate import Normalize, needs_all, normalized, require_range, require_some
 from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
 from hubforge.tensors.reader import open_checkpoint
 
@@ -160,14 +160,21 @@ class Apply(TensorOp):
 
     def measure(self, w: Mapping[str, Tensor], at: Place) -> Mapping[str, float]:
         fisher = w[str(self.importance)]
+        low, high = (float(value) for value in fisher.aminmax())
+        # Told here: NaN would make every weight as unimportant as the next, and so damp nothing.
+        require_range(low, high, self._fisher_of(at))
         if self.normalize == "log":
             fisher = fisher[fisher > 0]
-            if fisher.numel() == 0:
-                return {"min": math.inf, "max": 0.0}
-        return {"min": float(fisher.min()), "max": float(fisher.max())}
+            low = float(fisher.min()) if fisher.numel() else math.inf
+        return {"min": low, "max": high}
 
     def combine(self, found: Sequence[Mapping[str, Any]], at: Place) -> Mapping[str, Any]:
-        return {"min": min(each["min"] for each in found), "max": max(each["max"] for each in found)}
+        low, high = min(each["min"] for each in found), max(each["max"] for each in found)
+        require_some(high, self._fisher_of(at))
+        return {"min": low, "max": high}
+
+    def _fisher_of(self, at: Place) -> str:
+        return f"{at.name} of {self.importance}"
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
         factors = self.weights or [1.0] * len(self.adapters)
@@ -178,7 +185,7 @@ class Apply(TensorOp):
             change = change + part
         scale = self.scale
         if self.importance is not None:
-            change = change * (1 - normalized(w[self.importance], self.normalize, at.totals))
+            change = change * (1 - normalized(w[self.importance], self.normalize, at.totals, self._fisher_of(at)))
             if self.damps_layers() and at.layer is not None:
                 scale *= 1 - self._layer(at.layer, at)
         if self.protect is not None:

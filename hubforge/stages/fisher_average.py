@@ -24,6 +24,7 @@ class FisherAverage(Merge):
     on which no model depends.
     """
 
+    hides: ClassVar[bool] = True  # An element whose Fisher is no number would be taken for one that nothing depends on.
     formula: ClassVar[str] = "Σ wᵢ · Fᵢ ⊙ Wᵢ / Σ wᵢ · Fᵢ"
     source: ClassVar[str] = "Matena and Raffel 2022, arXiv:2111.09832"
 

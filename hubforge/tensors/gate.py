@@ -39,18 +39,19 @@ def needs_all(how: str) -> bool:
     return how == "rank" or how.startswith("clip")
 
 
-def normalized(fisher: Tensor, how: str, totals: Mapping[str, float]) -> Tensor:
+def normalized(fisher: Tensor, how: str, totals: Mapping[str, float], name: str = "") -> Tensor:
     """F_param in [0, 1], float32, of one tensor's values: all of them for `rank` and `clip`, else some rows of it.
 
     totals: the least and largest value of the whole tensor (log: the least positive). A tensor whose values are all
-    equal has importance 0: none of its weights stands out.
+    equal has importance 0: none of its weights stands out. name: of the tensor, for errors.
     """
     if how == "none":
         return in_unit_interval(fisher)
     if not needs_all(how):
         return between(fisher, how, totals["min"], totals["max"])
     spread = Spread()
-    spread.add(fisher)
+    spread.add(fisher, name)
+    require_some(spread.high, name)
     if spread.exact:
         return spread.normalized(fisher, how)
     if how == "rank":
@@ -58,6 +59,20 @@ def normalized(fisher: Tensor, how: str, totals: Mapping[str, float]) -> Tensor:
     from hubforge.tensors.selection import kth_smallest
 
     return between(fisher, how, spread.low, kth_smallest(fisher, math.ceil(quantile_of(how) * fisher.numel()) - 1))
+
+
+def require_range(low: float, high: float, name: str) -> None:
+    """StepError, naming the tensor, unless values from `low` to `high` are finite and not negative."""
+    if not 0 <= low <= high < math.inf:
+        what = f"{name or 'the mask'} holds values from {low:.3g} to {high:.3g}"
+        raise StepError(what, mend="Importance is finite and not negative: make or fetch the mask again.")
+
+
+def require_some(high: float, name: str) -> None:
+    """StepError, naming the tensor, when its largest value is zero: what gradients leave that underflowed."""
+    if high == 0:
+        mend = "Nothing would be spared there: make or fetch the mask again."
+        raise StepError(f"{name or 'the mask'} is zero throughout", mend=mend)
 
 
 def between(fisher: Tensor, how: str, low: float, high: float) -> Tensor:
@@ -109,9 +124,7 @@ class Spread:
         for first in range(0, flat.numel(), _BLOCK):
             some = flat[first : first + _BLOCK]
             low, high = (float(value) for value in torch.aminmax(some.float()))
-            if not 0 <= low <= high < math.inf:
-                what = f"{name or 'the mask'} holds values from {low:.3g} to {high:.3g}"
-                raise StepError(what, mend="Importance is finite and not negative: make or fetch the mask again.")
+            require_range(low, high, name)
             rounded = some.to(torch.bfloat16)
             self.exact = self.exact and (some.dtype == torch.bfloat16 or bool((rounded.float() == some).all()))
             self.counts += torch.bincount(_bits(rounded), minlength=_PATTERNS)[:_PATTERNS]

@@ -185,16 +185,32 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(fisher: Path, tmp_path: P
     [
         ({}, rf"r.yaml:9: b has no {UP}\n  Make both of one model"),
         ({UP: torch.ones(2, 2)}, rf"r.yaml:9: {UP} of b is \[2, 2\], not \[1, 2\]"),
-        ({UP: torch.tensor([[-1.0, 2.0]])}, rf"r.yaml:9: {UP}: {UP} holds values from -1 to 2"),
-        ({UP: torch.tensor([[float("nan"), 2.0]])}, rf"r.yaml:9: {UP}: {UP} holds values from nan to nan"),
+        ({UP: torch.tensor([[-1.0, 2.0]])}, rf"r.yaml:9: {UP} of b holds values from -1 to 2"),
+        ({UP: torch.tensor([[float("nan"), 2.0]])}, rf"r.yaml:9: {UP} of b holds values from nan to nan"),
+        ({UP: torch.zeros(1, 2)}, rf"r.yaml:9: {UP} of b is zero throughout\n  Nothing would be spared"),
     ],
-    ids=["absent", "shape", "negative", "nan"],
+    ids=["absent", "shape", "negative", "nan", "zero"],
 )
 def test_a_mask_that_does_not_fit_is_named(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
     one = mask(tmp_path / "a", {UP: torch.tensor([[0.0, 1.0]])})
     other = mask(tmp_path / "b", tensors or {DOWN: torch.ones(1, 2)})
     with pytest.raises(HubforgeError, match=message):
         made(Combine(masks=["a", "b"]), tmp_path / "out", a=one, b=other)
+
+
+def test_a_fisher_that_is_zero_is_no_measure_of_layers_or_of_all(tmp_path: Path) -> None:
+    some = mask(tmp_path / "a", {UP: torch.ones(1, 2), DOWN: torch.zeros(1, 2)})
+    none = mask(tmp_path / "b", {UP: torch.zeros(1, 2), DOWN: torch.zeros(1, 2)})
+    with pytest.raises(StepError, match=r"r.yaml:9: layer 1 of a is zero throughout"):
+        made(Layers(mask="a"), tmp_path / "layers", a=some)
+    # Over the whole mask a tensor of zeros matters least; a mask of zeros says nothing.
+    op = Combine(masks=["a"], scope="global")
+    assert made(op, tmp_path / "gate", a=some)[DOWN].tolist() == [[0.0, 0.0]]
+    with pytest.raises(StepError, match="a is zero throughout"):
+        made(op, tmp_path / "none", a=none)
+    # A gate of zeros is one: it changes in full.
+    (none / "fisher.safetensors").rename(none / "gate.safetensors")
+    made(Layers(mask="a"), tmp_path / "of-gate", a=none)
 
 
 def test_a_fisher_is_no_gate_and_a_gate_not_to_be_normalised_again(

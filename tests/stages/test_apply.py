@@ -52,6 +52,31 @@ def test_equal_importance_damps_nothing():
     assert normalized(torch.full((4,), 3.0), "minmax", {"min": 3.0, "max": 3.0}).tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("how", ["minmax", "log", "sqrt", "rank", "clip"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "holds values from nan to nan"), (-1.0, "holds values from -1 to 0"), (0.0, "is zero throughout")],
+    ids=["nan", "negative", "zero"],
+)
+def test_a_damaged_fisher_damps_nothing_and_is_named(
+    how, value, message, tiny_llama, tiny_loras, checkpoint_folder, context, run_op, tensors_of
+):
+    fisher = {
+        name: torch.ones_like(tensor).cumsum(1) for name, tensor in tensors_of(tiny_llama).items() if "proj" in name
+    }
+    name = "model.layers.1.mlp.up_proj.weight"
+    fisher[name] = torch.zeros_like(fisher[name])
+    fisher[name][3, 5] = value
+    inputs = {
+        "m": ("model", tiny_llama),
+        "a": ("adapter", tiny_loras["one"]),
+        "f": ("mask", checkpoint_folder("f", fisher)),
+    }
+    op = Apply(model="m", adapters=["a"], importance="f", normalize=how, layer_damping=False)
+    with pytest.raises(StepError, match=f"{name} of f {message}"):
+        run_op(op, context(**inputs))
+
+
 def test_layer_importance_is_minmax_of_sums():
     facts = {"layers": {"0": {"sum": 1.0}, "1": {"sum": 3.0}, "10": {"sum": 5.0}}}
     assert layer_importance(facts) == {0: 0.0, 1: 0.5, 10: 1.0}

@@ -56,6 +56,18 @@ def test_a_tensor_without_fisher_is_the_mean(checkpoint_folder, context, run_op,
     assert {name: t.unique().tolist() for name, t in tensors_of(ctx.out).items()} == {"a": [3.0], "norm": [2.0]}
 
 
+def test_a_fisher_that_is_no_number_is_named(checkpoint_folder, context, run_op):
+    fisher = {"a": torch.tensor([[1.0, float("nan")]])}
+    ctx = context(
+        a=("model", checkpoint_folder("a", {"a": torch.zeros(1, 2)})),
+        b=("model", checkpoint_folder("b", {"a": torch.ones(1, 2)})),
+        f=("mask", checkpoint_folder("f", {"a": torch.ones(1, 2)})),
+        g=("mask", checkpoint_folder("g", fisher)),
+    )
+    with pytest.raises(StepError, match=r"a of g \(.*\) holds NaN or infinity"):
+        run_op(average(), ctx)
+
+
 def test_a_mask_for_each_model():
     with pytest.raises(ValueError, match="fishers has 2 entries for 3 models"):
         average(models=["a", "b", "c"])
