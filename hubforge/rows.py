@@ -66,11 +66,14 @@ def texts(
     `output` or `answer` where there is one; else `text`.
     chat_template: True puts conversations and prompts through the tokenizer's template and raises SourceError without
     one; False joins their contents with blank lines; None does what the tokenizer can. What stands under `text` is
-    taken as it is. add_generation_prompt: end with what opens the model's turn.
+    taken as it is. add_generation_prompt: what the model is asked, without the answer that the row ends with if it has
+    one, and with what opens the model's turn.
     """
     encoded: list[list[int]] = []
     for number, row in enumerate(rows, 1):
-        said = _said(row, column, f"row {number}")
+        said = content_of(row, column, f"row {number}")
+        if add_generation_prompt and isinstance(said, list):
+            said = _asked(said, f"row {number}")
         # A template writes the beginning-of-text token itself.
         own_start = isinstance(said, str) or chat_template is False or not tokenizer.chat_template
         if isinstance(said, str):
@@ -225,8 +228,8 @@ def _need(row: Mapping[str, Any], columns: Iterable[str], where: str) -> None:
             raise SourceError(f"no column {column!r}", where=where, mend=f"Columns: {', '.join(row)}.{mend}")
 
 
-def _said(row: Mapping[str, Any], column: str | None, where: str) -> str | list[dict[str, str]]:
-    """Plain text, or the messages of a conversation."""
+def content_of(row: Mapping[str, Any], column: str | None, where: str) -> str | list[dict[str, str]]:
+    """Plain text, or the messages of a conversation; SourceError when the row has neither. column: as for `texts`."""
     named = column is not None
     if column is not None:
         _need(row, [column], where)
@@ -250,6 +253,14 @@ def _said(row: Mapping[str, Any], column: str | None, where: str) -> str | list[
     answer = next((str(row[name]) for name in _ANSWERS if row.get(name)), None)
     said = [{"role": "user", "content": value}]
     return said if answer is None else [*said, {"role": "assistant", "content": answer}]
+
+
+def _asked(said: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    """A conversation up to the last thing that was not said by the model."""
+    last = max((number for number, message in enumerate(said) if message["role"] != "assistant"), default=None)
+    if last is None:
+        raise SourceError("nothing is asked: every message is the assistant's", where=where)
+    return said[: last + 1]
 
 
 def _message(item: Any, where: str) -> dict[str, str]:

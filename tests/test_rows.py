@@ -118,6 +118,20 @@ def test_these_rows_are_one_conversation(tiny_llama: Path, row: dict[str, object
     assert texts([row], tokenizer, chat_template=False) == [tokenizer("Hi\n\nNo")["input_ids"]]
 
 
+@pytest.mark.parametrize("template", [True, False])
+def test_what_is_asked_leaves_out_the_answer(tiny_llama: Path, template: bool) -> None:
+    """So that a model which is to reply does not find the reply there."""
+    tokenizer = load_tokenizer(tiny_llama)
+    ask, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    rows = [{"prompt": "Hi"}, {"prompt": "Hi", "completion": "Ho"}, {"messages": [ask, said]}]
+    found = texts(rows, tokenizer, chat_template=template, add_generation_prompt=True)
+    assert found[0] == found[1] == found[2]
+    later = texts([{"messages": [ask, said, ask]}], tokenizer, chat_template=template, add_generation_prompt=True)
+    assert len(later[0]) > len(found[0])
+    with pytest.raises(SourceError, match="row 1: nothing is asked"):
+        texts([{"messages": [said]}], tokenizer, add_generation_prompt=True)
+
+
 def test_text_is_taken_as_it_is(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     assert texts([{"text": "The sea"}], tokenizer, chat_template=True) == [tokenizer("The sea")["input_ids"]]

@@ -19,7 +19,7 @@ from hubforge.masks._files import States, write_json
 from hubforge.masks._layers import cuts
 from hubforge.models import load_model, load_tokenizer, read_config, rows, texts
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelRef, Op
-from hubforge.rows import some
+from hubforge.rows import content_of, some
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.reader import open_checkpoint
 
@@ -44,7 +44,7 @@ class Fisher(Op):
 
     makes: ClassVar[Kind] = "mask"
     form: ClassVar[str] = "fisher"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     pins: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     exact: ClassVar[bool] = False  # Sums of float32 depend on the device and its number of threads.
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers", "safetensors")
@@ -73,7 +73,8 @@ class Fisher(Op):
     labels: Literal["text", "sampled", "response"] = Field(
         "text",
         description="Whose tokens the loss is about: the text's own (empirical Fisher); drawn from the model's "
-        "predictions (the Fisher information proper); or those of the model's own greedy reply to the prompt.",
+        "predictions (the Fisher information proper); or those of the model's own greedy reply to the prompt, in the "
+        "place of the answer that a row may end with.",
     )
     max_new_tokens: int = Field(128, ge=1, description="Longest reply, in tokens; for `labels: response` only.")
     reduction: Literal["mean", "sum"] = Field(
@@ -115,7 +116,7 @@ class Fisher(Op):
         if self.model in ctx.inputs:
             self._select(ctx)
         if self.data in ctx.inputs:
-            self._rows(ctx, limit=1)
+            content_of(self._rows(ctx, limit=1)[0], self.column, f"{ctx.path(self.data)} row 1")
 
     def run(self, ctx: Context) -> Metrics:
         import torch

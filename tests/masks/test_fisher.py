@@ -332,6 +332,13 @@ def test_the_preflight_finds_a_missing_column(tiny_llama: Path, tmp_path: Path) 
         op(column="question").preflight(context(tmp_path / "out", tiny_llama))
 
 
+def test_the_preflight_finds_that_no_column_is_one_of_the_usual(tiny_llama: Path, tmp_path: Path) -> None:
+    ctx = context(tmp_path / "out", tiny_llama)
+    ctx.path("rows").write_text('{"body": "The sea was calm."}\n')
+    with pytest.raises(SourceError, match=r"out\.jsonl row 1: none of the columns .*\n  Columns: body. Name one with"):
+        op().preflight(ctx)
+
+
 def test_too_little_memory_is_said_before_the_model_is_loaded(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
