@@ -42,6 +42,12 @@ def _plain(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def shown(text: str, limit: int = 200) -> str:
+    """That text in a form safe to print on a terminal: no control characters, and not endless."""
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return text if text.isprintable() else repr(text)
+
+
 class RecipeError(HubforgeError):
     exit_code = 2
 

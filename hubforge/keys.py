@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hubforge import __version__, recipe
-from hubforge.errors import HubforgeError, LockError
+from hubforge.errors import HubforgeError, LockError, shown
 from hubforge.fusion import unrounded
 from hubforge.lock import resolve_locked
 from hubforge.plan import step_key
-from hubforge.publish._paths import shown
 from hubforge.recipe import Node, Recipe
 from hubforge.release import Release, SourceRecord, TargetRecord
 from hubforge.sources import SourceSpec, local_key

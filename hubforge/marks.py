@@ -179,6 +179,13 @@ def _build(
 def _scalar(node: yaml.Node, loader: _Loader) -> Any:
     text = str(node.value)
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "str":
+        return text
+    if kind not in ("int", "float", "bool", "null"):
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r} is not plain data", problem_mark=node.start_mark)
+    implied = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+    if implied != node.tag:  # The tag was written out: `!!int many`.
+        raise yaml.MarkedYAMLError(problem=f"{text!r} is no {kind}", problem_mark=node.start_mark)
     if kind == "int":
         sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text.lstrip("+"))
         base = {"0x": 16, "0o": 8}.get(digits[:2].lower(), 10)
@@ -189,8 +196,4 @@ def _scalar(node: yaml.Node, loader: _Loader) -> Any:
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if kind == "bool":
         return text.lower() == "true"
-    if kind == "null":
-        return None
-    if kind == "str":
-        return text
-    raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r} is not plain data", problem_mark=node.start_mark)
+    return None

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from hubforge.assemble import artifact_files, assemble
 from hubforge.errors import HubforgeError, PublishError
 from hubforge.events import Finished, Note, Report, Started, Warned
+from hubforge.front_matter import read_front_matter
 from hubforge.publish._earlier import RELEASE_LIMIT
-from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal, journal_path
 from hubforge.publish._plan import PushPlan, plan_push
 from hubforge.publish._release import publish_release

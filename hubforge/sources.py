@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hubforge.errors import SourceError
+from hubforge.front_matter import front_matter_in
 from hubforge.op import FileDigest, Kind
 
 SourceKind = Literal["model", "adapter", "dataset", "mask", "gguf"]
@@ -271,13 +272,8 @@ def _lab_folder(path: Path) -> str:
 
 def _readme_license(path: Path) -> str | None:
     """The `license` of a README's front matter, when it is short plain text."""
-    readme = (path if path.is_dir() else path.parent) / "README.md"
-    try:
-        head = readme.read_text(encoding="utf-8", errors="replace")[:20_000]
-    except OSError:
-        return None
-    found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.-]{1,60})\s*\n", head)
-    return found.group(1) if found else None
+    said = front_matter_in(path if path.is_dir() else path.parent).get("license")
+    return said if isinstance(said, str) and re.fullmatch(r"[\w.-]{1,60}", said) else None
 
 
 def git_blob_sha1(path: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hubforge.errors import PublishError, VerifyError
+from hubforge.errors import PublishError, VerifyError, shown
 from hubforge.events import Progress, Report, silent
 from hubforge.keys import artifact_faults, key_faults
 from hubforge.publish._access import is_local
@@ -23,7 +23,7 @@ from hubforge.publish._card import CARD_LIMIT
 from hubforge.publish._earlier import RELEASE_LIMIT, find_target, release_path
 from hubforge.publish._explain import HubError
 from hubforge.publish._front_matter import front_matter_faults
-from hubforge.publish._paths import path_fault, repo_fault, shown
+from hubforge.publish._paths import path_fault, repo_fault
 from hubforge.publish._remote import Remote, RemoteFile
 from hubforge.publish._sums import read_sums
 from hubforge.publish._vouched import by_hand_notes, table_faults, vouched_faults

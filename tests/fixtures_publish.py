@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
+from hubforge.front_matter import read_front_matter
 from hubforge.hub import HubSettings, LocalHub
-from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._sums import sums_text
 from hubforge.publisher import Hub, Upload, UploadFile
 from hubforge.release import FILE_NAME, SUMS_NAME, CardRecord, File, Release, TargetRecord

@@ -59,6 +59,15 @@ def test_tags_are_not_plain_data(text):
     assert "is not plain data" in error.what
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('!!int ""', "'' is no int"), ("!!bool perhaps", "'perhaps' is no bool"), ("!!null 3", "'3' is no null")],
+)
+def test_a_tag_that_does_not_fit_its_value_is_an_error_with_its_line(text, said):
+    (error,) = marks.parse(f"a: 1\nb: {text}\n", "r.yaml").errors
+    assert str(error) == f"r.yaml:2: is not valid YAML: {said}"
+
+
 def test_deep_nesting_is_refused():
     assert marks.parse("[" * 5000, "r.yaml").errors
 

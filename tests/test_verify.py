@@ -221,6 +221,8 @@ def release(**fields: object) -> Release:
         ("license: &a gemma\nx: *a", "has front matter that cannot be read: it uses an alias"),
         ("license: " + "[" * 9999, "has front matter that cannot be read: maximum recursion depth"),
         ("- 1", "has front matter that is not a mapping"),
+        ('x: !!int ""', "has front matter that cannot be read: '' is no int"),
+        ("x: !!timestamp soon", "has front matter that cannot be read: 'soon' is no timestamp"),
         ("x: " + "y" * 200_000, "has front matter of 200,"),
     ],
 )

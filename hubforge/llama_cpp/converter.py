@@ -6,11 +6,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hubforge.errors import SourceError, StepError
+from hubforge.front_matter import front_matter_in
 from hubforge.llama_cpp.convert_driver import NAMED, UNKNOWN
 from hubforge.llama_cpp.pretokenizer import match_family, split_regex
 from hubforge.llama_cpp.process import run_module, written_whole
@@ -82,14 +82,7 @@ def _card(model: Path, overrides: Mapping[str, Any]) -> str:
     """The front matter of the model's README.md, if it has any that can be read, with the overrides."""
     import yaml
 
-    own: Any = {}
-    path = model / "README.md"
-    if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.startswith("---\n") and (end := text.find("\n---", 4)) > 0:
-            with suppress(yaml.YAMLError):
-                own = yaml.safe_load(text[4:end])
-    front = {**(own if isinstance(own, dict) else {}), **overrides}
+    front = {**front_matter_in(model), **overrides}
     return f"---\n{yaml.safe_dump(front, allow_unicode=True)}---\n" if front else ""
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from hubforge.errors import PublishError
+from hubforge.errors import PublishError, shown
 from hubforge.publish._explain import HubError
 from hubforge.publish._links import check_collections
-from hubforge.publish._paths import shown
 from hubforge.publish._remote import Remote
 from hubforge.publisher import Hub
 

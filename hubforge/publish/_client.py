@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from hubforge.errors import shown
 from hubforge.events import Warned
 from hubforge.publish._explain import explain, scrubbed
-from hubforge.publish._paths import shown
 
 if TYPE_CHECKING:
     import httpx2

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
-from hubforge.errors import HubforgeError, PublishError
-from hubforge.publish._paths import shown
+from hubforge.errors import HubforgeError, PublishError, shown
 from hubforge.publisher import Hub
 
 E = TypeVar("E", bound=BaseException)

@@ -1,20 +1,18 @@
 """What a published card's front matter says, against the release: licence, bases, results.
 
-The card is untrusted: its front matter is parsed as plain data, without aliases (a few lines of which can stand for
-gigabytes), and compared; nothing of it is rendered.
+The card is untrusted: its front matter is compared, and nothing of it is rendered.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import cache
 from typing import Any
 
-from hubforge.publish._paths import shown
+from hubforge.errors import shown
+from hubforge.front_matter import read_front_matter
 from hubforge.release import Release
 
-_LIMIT = 128 << 10  # characters; PyYAML takes about a second for as much
 _RELATIONS = ("adapter", "merge", "quantized", "finetune")  # huggingface.co/docs/hub/model-cards, "base_model_relation"
 
 
@@ -34,38 +32,6 @@ def front_matter_faults(card: str, release: Release, by_hand: Collection[str] = 
     yield from _license_faults(front, release)
     yield from _base_faults(front, release)
     yield from _result_faults(front, release)
-
-
-def read_front_matter(card: str) -> Mapping[str, Any]:
-    """The front matter of a card; ValueError when it has none, or none that is a YAML mapping without aliases."""
-    import yaml
-
-    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t\r]*$", card, re.DOTALL | re.MULTILINE)
-    if match is None:
-        raise ValueError("has no front matter between two lines of ---")
-    if len(match[1]) > _LIMIT:
-        raise ValueError(f"has front matter of {len(match[1]):,} characters, but {_LIMIT:,} are plenty")
-    try:
-        front = yaml.load(match[1], plain_yaml())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"has front matter that cannot be read: {shown(' '.join(str(error).split()))}") from error
-    if not isinstance(front, dict):
-        raise ValueError("has front matter that is not a mapping")
-    return front
-
-
-@cache
-def plain_yaml() -> Any:
-    """A YAML loader for plain data that refuses aliases."""
-    import yaml
-
-    class Plain(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it uses an alias")
-            return super().compose_node(parent, index)
-
-    return Plain
 
 
 def told(value: object) -> str:

@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from hubforge.errors import PublishError
+from hubforge.errors import PublishError, shown
 from hubforge.publish._explain import HubError, explained
-from hubforge.publish._paths import shown
 from hubforge.publisher import Hub
 
 _MARGIN = 300.0  # seconds before its end from which a token is not used any more, as huggingface_hub has it

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from hubforge.errors import PublishError
 from hubforge.events import Note
+from hubforge.front_matter import read_front_matter
 from hubforge.publish._explain import HubError
-from hubforge.publish._front_matter import read_front_matter
 from hubforge.publish._journal import Journal
 from hubforge.publish._remote import Remote
 from hubforge.publisher import Hub, Upload

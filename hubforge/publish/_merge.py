@@ -14,7 +14,7 @@ from difflib import unified_diff
 from typing import Any, Literal
 from unicodedata import category
 
-from hubforge.publish._front_matter import plain_yaml, read_front_matter
+from hubforge.front_matter import plain_yaml, read_front_matter
 from hubforge.sections import (
     WHOLE_BY_HAND,
     Piece,

@@ -61,9 +61,3 @@ def tag_fault(tag: str) -> str | None:
     if ".." in tag or "//" in tag or "/." in tag or tag.endswith(("/", ".", ".lock")):
         return "is no name git takes for a tag"
     return None
-
-
-def shown(text: str, limit: int = 200) -> str:
-    """That text in a form safe to print on a terminal: no control characters, and not endless."""
-    text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else repr(text)

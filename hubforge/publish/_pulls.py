@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hubforge.errors import PublishError
+from hubforge.errors import PublishError, shown
 from hubforge.events import Note, Warned
 from hubforge.publish._explain import HubError
-from hubforge.publish._paths import shown
 from hubforge.publish._remote import Remote
 
 _POLLS = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds between two looks at a scan; the last again and again

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from hubforge import __version__
-from hubforge.errors import PublishError
+from hubforge.errors import PublishError, shown
 from hubforge.events import Report, Warned, silent
 from hubforge.publish._client import client_settings
 from hubforge.publish._explain import HubError, explained, scrubbed
-from hubforge.publish._paths import shown
 from hubforge.publish._retry import Retry
 from hubforge.publisher import Hub
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from hubforge.publish._paths import path_fault, shown
+from hubforge.errors import shown
+from hubforge.publish._paths import path_fault
 from hubforge.release import SUMS_NAME
 from hubforge.sources import Digested
 

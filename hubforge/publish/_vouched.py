@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hubforge.publish._front_matter import read_front_matter, told
+from hubforge.errors import shown
+from hubforge.front_matter import read_front_matter
+from hubforge.publish._front_matter import told
 from hubforge.publish._merge import LISTS, same
-from hubforge.publish._paths import shown
 from hubforge.release import CardRecord, TargetRecord
 from hubforge.sections import digest, is_by_hand, keys_by_hand, split
 

@@ -223,9 +223,9 @@ def _said(found: list[dict[str, Any]]) -> None:
 
 def card(chance: random.Random, world: Path, hub: SpoilingHub) -> None:
     """A card as the Hub's page shows it: whatever is written in it, no script may come out."""
+    from hubforge.front_matter import read_front_matter
     from hubforge.hub.pages.markdown import render
     from hubforge.hub.storage.front_matter import check_front_matter, read_card
-    from hubforge.publish._front_matter import read_front_matter
 
     text = drawing.text(chance, CARD).decode("utf-8", "replace")
     with suppress(ValueError):  # what is wrong with it, which `verify` lists

@@ -36,6 +36,7 @@ def test_without_a_block_all_is_text(text: str):
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("a: &a [*a]", "contains itself"),
         ("a: 2026-13-45", "month must be"),
+        ("a: !!bool perhaps", "a value is not of the type that its tag names"),
         ("a: " + "[" * 100 + "]" * 100, "64 deep"),
     ],
 )

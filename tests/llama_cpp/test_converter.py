@@ -88,6 +88,18 @@ def test_a_converter_that_fails_is_told_with_its_last_words(tiny_llama_256: Path
     assert not list(tmp_path.glob("*.gguf"))
 
 
+@pytest.mark.parametrize("front", ["license: gpl-3.0", "license: gpl-3.0\ndate: 2026-13-45", "a: " + "[" * 9999])
+def test_the_converter_sees_the_card_with_the_overrides(tiny_llama_256: Path, tmp_path: Path, front: str) -> None:
+    model, tree = copy(tiny_llama_256, tmp_path / "model"), tmp_path / "tree"
+    (model / "README.md").write_text(f"---\n{front}\n---\n# Title\n", encoding="utf-8")
+    tree.mkdir()
+    (tree / "convert_hf_to_gguf.py").write_text(
+        "import sys\ndef main():\n    raise ValueError(open(sys.argv[1] + '/README.md').read())\n"
+    )
+    with pytest.raises(StepError, match=r"---\s+license: mit\s+---"):
+        convert(model, tmp_path / "x.gguf", tree=Tree(tree, "mine", ""), name="x", card={"license": "mit"})
+
+
 @pytest.mark.slow
 def test_converting_twice_gives_the_same_bytes(
     tiny_llama_256: Path, converter_tree: Tree, tiny_gguf: dict[str, Path], tmp_path: Path

@@ -10,7 +10,8 @@ from huggingface_hub.utils._validators import HFValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubforge.publish._paths import path_fault, repo_fault, shown, tag_fault
+from hubforge.errors import shown
+from hubforge.publish._paths import path_fault, repo_fault, tag_fault
 
 
 @given(st.text("aB1-_./é", max_size=10))

@@ -73,6 +73,8 @@ def read_card(text: str) -> Card:
         mark = getattr(error, "problem_mark", None)
         where = f" ({mark.line + 2}:{mark.column + 1})" if mark else ""
         raise BadFrontMatter(f"{getattr(error, 'problem', None) or error}{where}") from error
+    except (LookupError, AttributeError) as error:  # what PyYAML raises for `!!int ""` and `!!timestamp x`
+        raise BadFrontMatter("a value is not of the type that its tag names") from error
     except (RecursionError, OverflowError, ValueError, TypeError) as error:
         raise BadFrontMatter(str(error) or type(error).__name__) from error
     finally:
