@@ -17,9 +17,11 @@ from hubforge.tensors import dtypes
 from hubforge.tensors.chat_template import most_common, template_of
 from hubforge.tensors.layout import GB, lay_out
 from hubforge.tensors.names import Aliases, canonical, layer_of
-from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint
+from hubforge.tensors.quantised import Dequantised, open_model, quantised_by, without_quantisation
+from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.schedule import Schedule, depth_of, value_at
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
+from hubforge.tensors.vocabulary import is_table
 from hubforge.tensors.writer import Piece, Writer, piece_of
 
 if TYPE_CHECKING:
@@ -58,12 +60,13 @@ class Passthrough(Op):
     """A model of the named layers, in their order: those of several models in turn, or some of them twice.
 
     What stands before the layers comes from the first slice's model, as do config and tokenizer; what stands behind
-    them from the last one's. Bytes are copied unless a scale or `dtype` says otherwise. The config's number of layers
-    is set, and its lists that have one entry for each layer follow the slices.
+    them from the last one's. Bytes are copied unless a scale or `dtype` says otherwise, or they are 8-bit floats, which
+    become plain ones. The config's number of layers is set, and its lists that have one entry for each layer follow
+    the slices.
     """
 
     makes: ClassVar[Kind] = "model"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # 8-bit floats are read with their scales.
     resumable: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy")
     extra: ClassVar[str] = "merge"
@@ -79,8 +82,11 @@ class Passthrough(Op):
 
     def run(self, ctx: Context) -> Metrics:
         with ExitStack() as stack:
-            models = {ref: stack.enter_context(open_checkpoint(ctx.path(ref))) for ref in self._models()}
+            models = {ref: stack.enter_context(open_model(ctx.path(ref))) for ref in self._models()}
             configs = {ref: check_side_files(ctx.path(ref)) for ref in models}
+            for ref, model in models.items():
+                if isinstance(model, Dequantised):
+                    without_quantisation(configs[ref])
             depths = {ref: depth(configs[ref], ref, ctx) for ref in models}
             chosen = [part.layers or (0, depths[part.model]) for part in self.slices]
             for part, layers in zip(self.slices, chosen, strict=True):
@@ -88,6 +94,8 @@ class Passthrough(Op):
                     what = f"{part.model} has {depths[part.model]} layers, so there are no layers {list(layers)}"
                     raise StepError(what, where=ctx.where)
             config = self.stacked(configs, chosen, ctx)
+            self._check_quantised(configs, ctx)
+            self._check_shapes(models, configs, ctx)
             pieces = list(self.pieces(models, chosen, ctx))
             layout = lay_out(((p.name, p.dtype, p.info.shape) for p in pieces), int(self.max_shard_size * GB))
             ctx.out.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,8 @@ class Passthrough(Op):
                 own = name if before else behind.find(name)
                 if own is None:
                     raise StepError(f"{self.slices[-1].model} has no tensor {name}", where=ctx.where)
+                if not before:
+                    self._check_shape(name, info, last.info(own), ctx)
                 yield self._source(name, first if before else last, info if before else last.info(own), 1.0)
         number = 0
         for part, layers in zip(self.slices, chosen, strict=True):
@@ -137,6 +147,39 @@ class Passthrough(Op):
                     name = renumbered(info.name, layer, number, like=first)
                     yield self._source(name, models[part.model], info, scale)
                 number += 1
+
+    def _check_quantised(self, configs: dict[ModelRef, dict[str, Any]], ctx: Context) -> None:
+        """StepError unless the models are plain, or all quantised alike and copied as they are."""
+        settings = [config.get("quantization_config") for config in configs.values()]
+        alike = all(each == settings[0] for each in settings) and self.dtype is None
+        if not alike and (ref := next((ref for ref in configs if quantised_by(configs[ref])), None)):
+            what = f"{ref} is quantised by {quantised_by(configs[ref])}"
+            mend = "Its layers can only be copied, beside others that are quantised alike; take it in plain weights."
+            raise StepError(what, where=ctx.where, mend=mend)
+
+    def _check_shapes(
+        self, models: dict[ModelRef, Checkpoint], configs: dict[ModelRef, dict[str, Any]], ctx: Context
+    ) -> None:
+        """StepError for layers that do not fit the first model's; not looked at where its own layers differ in kind."""
+        first, *others = self._models()
+        if any(isinstance(value, list) for name, value in text_config(configs[first])[0].items() if "layer" in name):
+            return
+        here = {_in_layer(info.name): info for infos in layers_of(models[first]).values() for info in infos}
+        for ref in others:
+            for info in models[ref].tensors.values():
+                if layer_of(info.name) is not None and (same := here.get(_in_layer(info.name))):
+                    self._check_shape(same.name, same, info, ctx)
+
+    def _check_shape(self, name: str, here: TensorInfo, there: TensorInfo, ctx: Context) -> None:
+        if here.shape == there.shape:
+            return
+        first, last = self.slices[0].model, self.slices[-1].model
+        what = f"{name} is {list(here.shape)} in {here.file}, but {list(there.shape)} in {there.file}"
+        mend = "Only layers of one architecture and width fit together."
+        if is_table(name) and here.shape[1:] == there.shape[1:]:
+            same = f"{{op: task_arithmetic, model: {last}, models: [{first}], weights: [0], tokenizer: {first}}}"
+            mend = f"The vocabularies differ: stack the layers of `{same}`, which is {last} with the tokens of {first}."
+        raise StepError(what, where=ctx.where, mend=mend)
 
     def _source(self, name: str, checkpoint: Checkpoint, info: TensorInfo, scale: float) -> Source:
         is_float = info.dtype in dtypes.FLOATS
@@ -209,6 +252,11 @@ def layers_of(checkpoint: Checkpoint) -> dict[int, list[TensorInfo]]:
         if (layer := layer_of(name)) is not None:
             found.setdefault(layer, []).append(info)
     return found
+
+
+def _in_layer(name: str) -> str:
+    """A tensor's name within its layer, whichever that is."""
+    return canonical(name).replace(f".{layer_of(name)}.", ".", 1)
 
 
 def renumbered(name: str, layer: int, number: int, like: Sequence[str] | Checkpoint) -> str:

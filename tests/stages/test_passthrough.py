@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hubforge.errors import StepError
+from hubforge.lab.tiny import tiny_llama as make_llama
 from hubforge.stages.passthrough import Passthrough
+from hubforge.stages.task_arithmetic import TaskArithmetic
 
 
 @pytest.fixture
@@ -109,3 +111,60 @@ def test_layers_of_another_width(tower, context, run_op):
     ctx = context(a=("model", tower("a", 0, hidden_size=8)), b=("model", tower("b", 0, hidden_size=16)))
     with pytest.raises(StepError, match="hidden_size is 8 in a, but 16 in b"):
         run_op(stack(("a", (0, 2), {}), ("b", (0, 1), {})), ctx)
+
+
+def test_eight_bit_floats_become_plain_layers(checkpoint_folder, context, run_op, tensors_of):
+    weight, name = torch.tensor([[1.0, 2.0], [4.0, 8.0]]), "model.layers.0.mlp.up_proj.weight"
+    toy = {"model_type": "toy", "num_hidden_layers": 1, "dtype": "bfloat16"}
+    small = {name: weight.to(torch.float8_e4m3fn), f"{name}_scale": torch.tensor(0.5)}
+    config = toy | {"quantization_config": {"quant_method": "fp8"}}
+    ctx = context(
+        q=("model", checkpoint_folder("q", small, config=config)),
+        m=("model", checkpoint_folder("m", {name: weight.bfloat16()}, config=toy)),
+    )
+    run_op(stack(("q", (0, 1), {}), ("m", (0, 1), {}), ("q", (0, 1), {"scale": 2})), ctx)
+    found = tensors_of(ctx.out)
+    assert {n: (t.dtype, t.tolist()) for n, t in found.items()} == {
+        f"model.layers.{i}.mlp.up_proj.weight": (torch.bfloat16, (weight * factor).tolist())
+        for i, factor in enumerate([0.5, 1, 1])
+    }
+    assert json.loads((ctx.out / "config.json").read_text()) == toy | {"num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}], ids=["beside plain layers", "as another dtype"])
+def test_layers_that_are_quantised_can_only_be_copied(fields, tower, context, run_op):
+    gptq = {"quantization_config": {"quant_method": "gptq"}}
+    ctx = context(a=("model", tower("a", 0, **gptq)), b=("model", tower("b", 0)))
+    with pytest.raises(StepError, match="a is quantised by gptq"):
+        run_op(stack(("b", (0, 1), {}) if not fields else ("a", (0, 1), {}), ("a", (1, 2), {}), **fields), ctx)
+    run_op(stack(("a", (0, 1), {}), ("a", (1, 2), {})), ctx)
+    assert json.loads((ctx.out / "config.json").read_text())["quantization_config"] == {"quant_method": "gptq"}
+
+
+def test_layers_of_other_shapes_are_named_with_both_files(tiny_llama, context, run_op, tmp_path):
+    wide = make_llama(tmp_path / "wide", intermediate_size=160)
+    ctx = context(a=("model", tiny_llama), b=("model", wide))
+    with pytest.raises(
+        StepError, match=r"_proj.weight is \[.*128.*\] in .*/model-.*, but \[.*160.*\] in .*/wide/model-"
+    ):
+        run_op(stack(("a", (0, 1), {}), ("b", (1, 2), {})), ctx)
+    assert not list(ctx.out.iterdir())
+
+
+def test_a_head_for_other_tokens_gets_the_way_out(checkpoint_folder, context, run_op, tensors_of):
+    def model(name, tokens):
+        rows = torch.arange(2.0 * len(tokens)).view(-1, 2)
+        tensors = {"model.embed_tokens.weight": rows, "model.layers.0.w": torch.ones(1), "lm_head.weight": rows.clone()}
+        folder = checkpoint_folder(name, tensors, config={"model_type": "toy", "num_hidden_layers": 1})
+        vocabulary = {"model": {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}}}
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+        return "model", folder
+
+    a, b = model("a", "xy"), model("b", "zyx")
+    with pytest.raises(StepError, match=r"lm_head.weight is \[2, 2\] in .*, but \[3, 2\] in ") as caught:
+        run_op(stack(("a", (0, 1), {}), ("b", (0, 1), {})), context(a=a, b=b))
+    assert "{op: task_arithmetic, model: b, models: [a], weights: [0], tokenizer: a}" in caught.value.mend
+    ctx = context("same", a=a, b=b)
+    run_op(TaskArithmetic(model="b", models=["a"], weights=[0], tokenizer="a"), ctx)
+    run_op(stack(("a", (0, 1), {}), ("same", (0, 1), {})), stacked := context("stacked", a=a, same=("model", ctx.out)))
+    assert tensors_of(stacked.out)["lm_head.weight"].tolist() == [[4, 5], [2, 3]]  # b's rows of x and y
