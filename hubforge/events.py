@@ -57,6 +57,10 @@ class Note(Event):
 @dataclass(frozen=True)
 class Warned(Event):
     text: str
+    where: str = ""  # `recipes/x.yaml:41`
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.where else self.text
 
 
 Report = Callable[[Event], None]

@@ -159,7 +159,7 @@ class Context:
         self.report(Note(self.name, text))
 
     def warn(self, text: str) -> None:
-        self.report(Warned(self.name, text))
+        self.report(Warned(self.name, text, self.where))
 
     def progress(self, done: float, total: float | None, unit: str = "", what: str = "") -> None:
         """Say how far this step is. Cheap: reporters drop what comes too fast to read."""

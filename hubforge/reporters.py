@@ -46,7 +46,7 @@ class Quiet(Reporter):
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Warned):
-            sys.stderr.write(f"warning: {event.step}: {event.text}\n")
+            sys.stderr.write(f"warning: {event.step}: {event}\n")
 
 
 class Json(Reporter):
@@ -89,8 +89,8 @@ class Plain(Reporter):
                 self.line(f"        {step}: failed: {what}")
             case Note(_, text):
                 self.line(f"        {text}")
-            case Warned(_, text):
-                self.line(f"        warning: {text}")
+            case Warned():
+                self.line(f"        warning: {event}")
             case Progress() if time.monotonic() - self.last > 10:
                 self.last = time.monotonic()
                 self.line(f"        {progress_text(event)}".rstrip())
@@ -118,8 +118,10 @@ class GitHub(Plain):
             case Cached(step):
                 self.rows.append(f"| `{step}` | cached | | |")
                 super().__call__(event)
-            case Warned(step, text):
-                self.line(f"::warning title={step}::{_escape(text)}")
+            case Warned(step, text, where):
+                file, _, line = where.rpartition(":")
+                place = f"file={file},line={line}," if file else ""
+                self.line(f"::warning {place}title={step}::{_escape(text)}")
             case _:
                 super().__call__(event)
 
@@ -187,8 +189,8 @@ class Terminal(Reporter):
                 self.console.print(f"[red]✗[/red] {step}")
             case Note(_, text):
                 self.console.print(f"  [dim]{escape(text)}[/dim]")
-            case Warned(step, text):
-                self.console.print(f"[yellow]![/yellow] {step}: {escape(text)}")
+            case Warned(step):
+                self.console.print(f"[yellow]![/yellow] {step}: {escape(str(event))}")
             case Progress(step, _, done, total):
                 if self.task is None:
                     self.began = time.monotonic()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hubforge import __version__
-from hubforge.errors import HubforgeError, LockError, StepError, StoreError
+from hubforge.errors import HubforgeError, LockError, SourceError, StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Report, Started, silent
 from hubforge.facts import SourceFacts, gather
 from hubforge.machine import git_state, gpus, hardware, peak_memory
@@ -242,6 +242,10 @@ def located(step: Step) -> Iterator[None]:
     except HubforgeError as error:
         if not error.where:
             raise type(error)(error.what, where=step.node.where, mend=error.mend) from error
+        if isinstance(error, SourceError | StepError) and _file(error.where) != _file(step.node.where):
+            # It names a file; where in the recipe that file is asked for is told too.
+            what = f"{error.where}: {error.what}"
+            raise type(error)(what, where=step.node.where, mend=error.mend) from error
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -255,6 +259,11 @@ def located(step: Step) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise unexpected(step, error) from error
+
+
+def _file(where: str) -> str:
+    """The file of `recipes/x.yaml:41`."""
+    return where.rpartition(":")[0]
 
 
 def unexpected(step: Step, error: Exception) -> StepError:

@@ -11,6 +11,7 @@ import pytest
 from pydantic import Field
 
 from hubforge import catalog
+from hubforge.errors import SourceError
 from hubforge.op import DatasetRef, Kind, Metrics, ModelRef, Op
 
 
@@ -46,6 +47,8 @@ class Fail(Op):
         (ctx.out / "half.txt").write_text("half")
         if self.how == "disk":
             raise OSError(28, "No space left on device")
+        if self.how == "input":
+            raise SourceError("row 1 has no 'text'", where="data/rows.jsonl", mend="Columns: body.")
         raise ValueError("a tensor of shape (3,) is not (4,)")
 
 

@@ -1,15 +1,18 @@
 """Runs: manifest last, nothing half-written taken for whole, nothing complete repeated."""
 
 import hashlib
+import io
 import json
 
 import pytest
 
 from hubforge import plan as plans
 from hubforge import recipe
-from hubforge.errors import StepError, StoreError
+from hubforge.errors import SourceError, StepError, StoreError
 from hubforge.events import Cached, Failed, Finished, Started
+from hubforge.op import Context
 from hubforge.publisher import Hub
+from hubforge.reporters import GitHub, Json, Plain
 from hubforge.run import Runner
 from hubforge.store import LocalStore
 
@@ -96,6 +99,25 @@ def test_what_a_killed_step_left_is_not_taken_for_whole(run, tmp_path):
     again, _ = run()
     assert again.steps["stages.two"].status == "make"
     assert (folder / "manifest.json").is_file()
+
+
+def test_what_is_wrong_with_an_input_is_told_with_the_recipes_line(run):
+    with pytest.raises(
+        SourceError, match=r"r.yaml:6: data/rows.jsonl: row 1 has no 'text'\n  Columns: body."
+    ) as caught:
+        run(TEXT.replace("two: {op: shout, model: one}", "two: {op: fail, model: one, how: input}"))
+    assert caught.value.where.endswith("r.yaml:6")
+
+
+def test_warnings_name_the_recipes_line(tmp_path):
+    def said(reporter):
+        stream = io.StringIO()
+        Context("masks.core", tmp_path, {}, where="r.yaml:6", report=reporter(stream)).warn("9 samples are cut")
+        return stream.getvalue().strip()
+
+    assert said(Plain) == "warning: r.yaml:6: 9 samples are cut"
+    assert said(GitHub) == "::warning file=r.yaml,line=6,title=masks.core::9 samples are cut"
+    assert json.loads(said(Json))["where"] == "r.yaml:6"
 
 
 def test_a_file_that_shrank_in_the_store_is_noticed(run):
