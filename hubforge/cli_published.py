@@ -9,15 +9,19 @@ import typer
 
 from hubforge.cli_output import JsonFlag, emit
 
+RepoArgument = Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")]
+FolderOption = Annotated[str | None, typer.Option(help="One folder of a mask repository.")]
+HubOption = Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")]
+
 
 def verify(
     ctx: typer.Context,
-    repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
-    folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
+    repo: RepoArgument,
+    folder: FolderOption = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Download every file and hash it; always done on this machine.")
     ] = False,
-    to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
+    to: HubOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a published repository, byte for byte, with the release file in it."""
@@ -35,12 +39,12 @@ def verify(
 
 def reproduce(
     ctx: typer.Context,
-    repo: Annotated[str, typer.Argument(help="namespace/name, or namespace/name@revision.")],
+    repo: RepoArgument,
     into: Annotated[Path, typer.Option(help="Folder for the recipe, the lock and what is made.")] = Path("reproduced"),
     source: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a source that was local.")] = None,
-    folder: Annotated[str | None, typer.Option(help="One folder of a mask repository.")] = None,
+    folder: FolderOption = None,
     everything: Annotated[bool, typer.Option("--all", help="Repeat the evals too.")] = False,
-    to: Annotated[str | None, typer.Option(help="Another Hub: its address, or `local`.")] = None,
+    to: HubOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a published model again from its own page, and compare every byte."""

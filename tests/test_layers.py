@@ -14,7 +14,7 @@ LAYERS = {
     "reproduce": 5, "keys": 5, "places": 5, "garbage": 5, "mergekit": 5,
     "recipe": 4, "fusion": 4, "plan": 4, "store": 4, "catalog": 4, "manual": 4, "facts": 4, "cards": 4,
     "masks": 3, "adapters": 3, "stages": 3, "quantize": 3, "evals": 3, "publish": 3, "lock": 3, "sources": 3,
-    "tensors": 2, "models": 2, "rows": 2, "llama_cpp": 2, "machine": 2,
+    "tensors": 2, "models": 2, "rows": 2, "llama_cpp": 2, "machine": 2, "seeding": 2,
     "op": 1, "combination": 1, "publisher": 1, "complaints": 1, "release": 1,
     "errors": 0, "events": 0, "processes": 0, "reporters": 0, "marks": 0, "sections": 0, "front_matter": 0,
 }  # fmt: skip

@@ -1,11 +1,11 @@
-"""Let a trainer run inside a step: nothing on the terminal but the reporter, and the process' generators as before."""
+"""Let a trainer run inside a step: nothing on the terminal but the reporter."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 _TALKERS = ("transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub", "torch")
 
@@ -33,28 +33,3 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def repeatable(seed: int, device: str) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators start from `seed`, and afterwards are as they were."""
-    import random
-
-    import numpy as np
-    import torch
-
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with ExitStack() as stack:
-        if device.startswith("cuda:"):
-            stack.enter_context(torch.cuda.device(device))  # The trainer takes the current one.
-        # Of this GPU alone: those of the others may belong to other processes.
-        own = [torch.cuda.current_device()] if device.startswith("cuda") else []
-        stack.enter_context(torch.random.fork_rng(devices=own))
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)

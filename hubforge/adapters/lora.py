@@ -214,9 +214,10 @@ class Lora(Op):
     def train(self, ctx: Context, tables: Tables, newest: Path | None) -> Trained:
         """Load, train and write the adapter: in this process, or as one of several of which the first writes."""
         from hubforge.adapters._guard import Guard, leaks
-        from hubforge.adapters._quiet import quiet, repeatable
+        from hubforge.adapters._quiet import quiet
         from hubforge.adapters._trainer import train
         from hubforge.adapters._writing import Trained, rounded, write_adapter
+        from hubforge.seeding import repeatable
 
         with quiet(), repeatable(self.seed, ctx.device):
             model, factors = self._adapted(ctx)

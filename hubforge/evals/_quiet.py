@@ -137,23 +137,3 @@ def offline(is_offline: bool) -> Iterator[None]:
         _replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
     ):
         yield
-
-
-@contextmanager
-def repeatable(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's own generators start from `seed`, and afterwards are as they were."""
-    import random
-
-    import numpy as np
-    import torch
-
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)

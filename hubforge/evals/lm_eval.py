@@ -118,13 +118,14 @@ class LmEval(Op):
     def run(self, ctx: Context) -> Metrics:
         from lm_eval.evaluator import evaluate
 
-        from hubforge.evals._quiet import offline, quiet, repeatable
+        from hubforge.evals._quiet import offline, quiet
         from hubforge.evals._tasks import load_tasks, scorer_seeds, seeded_langdetect
+        from hubforge.seeding import repeatable
 
         with (
             quiet(ctx.warn),
             offline(ctx.settings.offline),
-            repeatable(self.seed),
+            repeatable(self.seed, ctx.device),
             seeded_langdetect(),
         ):
             loaded = load_tasks(self._choice(ctx), ctx.warn)
