@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubforge.lab.gemma4 import PUBLISHED
 from hubforge.masks import _memory, _targets
 from hubforge.masks._engine import Run
 from hubforge.masks._fused import add_squares
@@ -36,52 +37,25 @@ from hubforge.masks._layers import cuts
 from hubforge.masks._losses import Example, Losses, batches
 from hubforge.masks._memory import Plan
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-GEMMA: dict[str, dict[str, Any]] = {
-    "E4B": {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "num_kv_shared_layers": 18,
-        "hidden_size_per_layer_input": 256,
-    },
-    "31B": {
-        "hidden_size": 5376,
-        "intermediate_size": 21504,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "num_global_key_value_heads": 4,
-        "attention_k_eq_v": True,
-        "hidden_size_per_layer_input": 0,
-    },
-    "26B-A4B": {
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 2,
-        "attention_k_eq_v": True,
-        "hidden_size_per_layer_input": 0,
-        "enable_moe_block": True,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-    },
-}
 # What is covered: the seven linears, and of a mixture its experts too.
 TARGETS = {"26B-A4B": _targets.LINEARS + r"|\.experts\.(?:gate_up|down)_proj$"}
-TINY: dict[str, dict[str, Any]] = {
-    name: {**fields, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12}
-    for name, fields in GEMMA.items()
+SMALL = {
+    "vocab_size": 300,
+    "vocab_size_per_layer_input": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
 }
-for name, fields in TINY.items():
-    fields.update(num_attention_heads=4, num_key_value_heads=2, num_kv_shared_layers=6 if name == "E4B" else 0)
-    fields.update({"hidden_size_per_layer_input": 8} if name == "E4B" else {"num_global_key_value_heads": 1})
-TINY["26B-A4B"].update(num_experts=8, top_k_experts=2, moe_intermediate_size=32)
+TINY: dict[str, dict[str, Any]] = {
+    name: {**fields, **SMALL, "layer_types": fields["layer_types"][:12]} for name, fields in PUBLISHED.items()
+}
+TINY["E4B"].update(num_kv_shared_layers=6, hidden_size_per_layer_input=8)
+TINY["31B"].update(num_global_key_value_heads=1)
+TINY["26B-A4B"].update(num_global_key_value_heads=1, num_experts=8, top_k_experts=2, moe_intermediate_size=32)
 
 
 def main() -> None:
@@ -202,7 +176,7 @@ def exactness(device: str) -> None:
     draw = torch.Generator().manual_seed(2)
     examples = [Example(torch.randint(5, 300, (n,), generator=draw).tolist()) for n in (9, 21, 14, 30, 5)]
     print("largest error, of the largest value of its tensor, on a tiny Gemma 4 in float32 and in float64")
-    models = [build("31B", device, True, dtype) for dtype in (torch.float32, torch.float64)]
+    models = [build(TINY["31B"], device, dtype) for dtype in (torch.float32, torch.float64)]
     for engine in ("device", "host", "disk", "groups"):
         for batch in (1, 3):
             groups = ((6, 12), (2, 6), (0, 2)) if engine == "groups" else ()
@@ -214,23 +188,10 @@ def exactness(device: str) -> None:
             print(f"  {engine}, {batch} at a time: {worst[0]:.1e} {worst[1]:.1e}", flush=True)
 
 
-def build(
-    name: str, device: str, small: bool, dtype: torch.dtype = torch.bfloat16, vocabulary: int | None = None
-) -> Any:
+def build(fields: dict[str, Any], device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-    fields = (TINY if small else GEMMA)[name]
-    vocabulary = vocabulary or (300 if small else 262144)
-    config = Gemma4TextConfig(
-        vocab_size=vocabulary,
-        vocab_size_per_layer_input=vocabulary,
-        head_dim=16 if small else 256,
-        global_head_dim=32 if small else 512,
-        layer_types=([SLIDING] * 5 + [FULL]) * (fields["num_hidden_layers"] // 6),
-        sliding_window=512 if name == "E4B" else 1024,
-        final_logit_softcapping=30.0,
-        **fields,
-    )
+    config = Gemma4TextConfig(**fields)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
@@ -248,12 +209,13 @@ def build(
 
 def one_model(name: str, given: argparse.Namespace, device: str, rate: float) -> None:
     began = time.monotonic()
-    model = build(name, device, given.small)
+    fields = (TINY if given.small else PUBLISHED)[name]
+    model = build(fields, device)
     sync(device)
     parameters = dict(model.named_parameters())
     total = sum(weight.numel() for weight in parameters.values())
     # Of the experts those count that a token goes through.
-    active = GEMMA[name].get("top_k_experts", 0) / GEMMA[name].get("num_experts", 1)
+    active = fields.get("top_k_experts", 0) / fields.get("num_experts", 1)
     multiply = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     multiply += active * sum(weight.numel() for weight in parameters.values() if weight.dim() == 3)
     print(f"\n{name}: {total / 1e9:.3f} G parameters, of which {multiply / 1e9:.3f} G multiply; text only, bfloat16")
@@ -282,9 +244,9 @@ def one_model(name: str, given: argparse.Namespace, device: str, rate: float) ->
 
 def wide(device: str, small: bool) -> None:
     """Six layers of 31B's widths in float32, where rounding cannot hide a mistake: two groups against the loop."""
-    GEMMA["wide"] = {**GEMMA["31B"], "num_hidden_layers": 6, "num_kv_shared_layers": 0}
-    TINY["wide"] = {**TINY["31B"], "num_hidden_layers": 6}
-    model = build("wide", device, small, torch.float32, vocabulary=300)
+    fields = (TINY if small else PUBLISHED)["31B"]
+    six = {"num_hidden_layers": 6, "layer_types": fields["layer_types"][:6]}
+    model = build({**fields, **six, "vocab_size": 300, "vocab_size_per_layer_input": 300}, device, torch.float32)
     draw = torch.Generator().manual_seed(3)
     examples = [Example(torch.randint(5, 300, (n,), generator=draw).tolist()) for n in (256, 200, 256, 90)]
     covered = _targets.select({n: tuple(w.shape) for n, w in model.named_parameters()}, model.config.to_dict()).names

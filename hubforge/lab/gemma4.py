@@ -1,4 +1,4 @@
-"""Gemma 4 at toy size, random weights: what merging must carry through is all there, only small.
+"""Gemma 4 at toy size, random weights: what merging must carry through is all there, only small. And its real shapes.
 
 Per-layer embeddings, layers that share keys and values with an earlier one, `layer_scalar` buffers (in the checkpoint,
 yet no parameters), sliding and full attention of different head widths; and, in the multimodal one, both towers.
@@ -13,6 +13,58 @@ from .tiny import draw_weights
 from .tokenizer import EOT, save_tokenizer, special_ids, train_bpe
 
 _LINES = ("The ferry left the island at dawn.", '"Wait for me!" cried the cook, and ran down the pier.')
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "E4B": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18,
+        "hidden_size_per_layer_input": 256,
+        "sliding_window": 512,
+    },
+    "31B": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 1024,
+    },
+    "26B-A4B": {
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 1024,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    name: {
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * (sizes["num_hidden_layers"] // 6),
+        "final_logit_softcapping": 30.0,
+        **sizes,
+    }
+    for name, sizes in _SIZES.items()
+}
+"""Fields of a Gemma4TextConfig of each published size: what is counted or timed needs the shapes, and no weights."""
 
 
 def text_settings(vocab_size: int) -> dict[str, Any]:

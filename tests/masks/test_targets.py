@@ -29,57 +29,12 @@ from transformers import (
 from hubforge.adapters._modules import LINEARS as PEFT_LINEARS
 from hubforge.adapters._modules import select as adapted
 from hubforge.errors import StepError
+from hubforge.lab.gemma4 import PUBLISHED
 from hubforge.masks._targets import grouped, select
 from hubforge.tensors.towers import decoder_name
 
 Shapes = dict[str, tuple[int, ...]]
-E4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 10240,
-    "num_hidden_layers": 42,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_kv_shared_layers": 18,
-    "hidden_size_per_layer_input": 256,
-}
-B31 = {
-    "hidden_size": 5376,
-    "intermediate_size": 21504,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 16,
-    "num_global_key_value_heads": 4,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-}
-
-
-A4B = {
-    "hidden_size": 2816,
-    "intermediate_size": 2112,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "num_global_key_value_heads": 2,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-}
-
-
-def full(sizes: dict[str, Any]) -> dict[str, Any]:
-    kinds = ["sliding_attention"] * 5 + ["full_attention"]
-    return {
-        "vocab_size": 262144,
-        "vocab_size_per_layer_input": 262144,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "layer_types": kinds * (sizes["num_hidden_layers"] // 6),
-        **sizes,
-    }
+E4B, B31, A4B = PUBLISHED.values()
 
 
 def on_meta(model: type[PreTrainedModel], config: PretrainedConfig) -> Shapes:
@@ -91,7 +46,7 @@ def on_meta(model: type[PreTrainedModel], config: PretrainedConfig) -> Shapes:
 
 
 def shapes_of(sizes: dict[str, Any]) -> Shapes:
-    return on_meta(Gemma4ForCausalLM, Gemma4TextConfig(**full(sizes)))
+    return on_meta(Gemma4ForCausalLM, Gemma4TextConfig(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +72,7 @@ def test_the_experts_are_sixty_tensors_of_three_dimensions() -> None:
 
 
 def test_the_multimodal_e4b_has_the_same_targets_and_its_decoder_alone_is_the_text_model() -> None:
-    config = Gemma4Config(text_config=full(E4B), audio_config={}, vision_config={"use_clipped_linears": True})
+    config = Gemma4Config(text_config=E4B, audio_config={}, vision_config={"use_clipped_linears": True})
     shapes = on_meta(Gemma4ForConditionalGeneration, config)
     targets = select(shapes, {"text_config": E4B})
     assert len(targets.names) == 258 and all(name.startswith("model.language_model.") for name in targets.names)
