@@ -215,32 +215,19 @@ class Encoder:
 
     def _marked(self, messages: list[Message], where: str) -> Example:
         """By the template's own marks around what the assistant says."""
-        encoded = _refused(
-            where,
-            lambda: self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            ),
-        )
+        encoded = self._apply(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids = list(encoded["input_ids"])
         mask = encoded["assistant_masks"]
         return Example(ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)])
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
-        return str(
-            _refused(
-                where,
-                lambda: self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                ),
-            )
-        )
+        return str(self._apply(messages, where, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    def _apply(self, messages: list[Message], where: str, **how: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **how)
+        except Exception as error:  # Templates raise in their own words, such as "roles must alternate".
+            raise SourceError(f"the chat template refuses it: {error}", where=where) from error
 
     def _take_training_template(self) -> bool:
         """Whether TRL has a form of this template that keeps earlier turns as they were; takes it."""
@@ -253,13 +240,6 @@ class Encoder:
         except ValueError:  # TRL does not know the template.
             return False
         return self.template is not None
-
-
-def _refused(where: str, render: Callable[[], Any]) -> Any:
-    try:
-        return render()
-    except Exception as error:  # Templates raise in their own words, such as "roles must alternate".
-        raise SourceError(f"the chat template refuses it: {error}", where=where) from error
 
 
 def _string(value: Any, column: str, where: str) -> str:
