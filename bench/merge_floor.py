@@ -13,6 +13,8 @@ with damping by a Fisher mask, and a slerp of that with a fine-tune of another a
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import shutil
 import statistics
@@ -79,6 +81,8 @@ def floor(folders: list[Path], out: Path, threads: int, *, whole: bool) -> None:
 
     if whole:
         import torch  # noqa: F401
+
+        atexit.register(gc.freeze)  # as hubforge ends too
     first, *others = [sorted(folder.glob("*.safetensors")) for folder in folders]
     out.mkdir(parents=True)
     queue = list(range(max(len(files) for files in (first, *others))))

@@ -15,6 +15,7 @@ from hubforge.op import Context, Metrics
 from hubforge.processes import processors
 from hubforge.tensors import dtypes
 from hubforge.tensors.adapter import CONFIG, WEIGHTS, Adapter, LoraModule
+from hubforge.tensors.allocator import keep_freed_memory
 from hubforge.tensors.layout import Layout, lay_out
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.writer import store_error, write_whole
@@ -151,6 +152,7 @@ def _in_threads(
             return merge(module)
 
     before = torch.get_num_threads()
+    keep_freed_memory()
     torch.set_num_threads(1)  # here too: what this thread does to the results would have others spin for its sake
     threads = processors()
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import StepError
 from hubforge.tensors import dtypes
+from hubforge.tensors.allocator import keep_freed_memory
 from hubforge.tensors.chain import Link
 from hubforge.tensors.desk import Desk, Kept
 from hubforge.tensors.inputs import Weights
@@ -96,7 +97,7 @@ class Work:
         stack = ExitStack()
         if self.with_torch:
             stack.enter_context(_one_torch_thread())
-        _keep_freed_memory()
+        keep_freed_memory()
         gc.freeze()  # The collector would walk over all that the imports left, again and again.
         workers = [
             threading.Thread(target=self._work, args=(device,), name=f"merge-{i}", daemon=True)
@@ -305,14 +306,3 @@ def _torch_on(device: str) -> Iterator[None]:
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
         yield
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed memory rather than return it to the kernel.
-
-    Fresh pages for every block's temporaries took a third of slerp's CPU time. Freeing one block of nearly 32 MB
-    raises the allocator's thresholds (mallopt(3), M_MMAP_THRESHOLD); elsewhere it does nothing.
-    """
-    import numpy as np
-
-    np.empty((32 << 20) - 4096, np.uint8)
