@@ -105,6 +105,8 @@ def rates(facts: Any, modules: Iterable[str], floor: float, where: str = "") -> 
         raise StepError(f"the importance mask has no number for each layer ({error!r})", where=where) from error
     if not sums or not all(math.isfinite(value) for value in sums.values()):
         raise StepError("the importance mask has no finite number for each layer", where=where)
+    if not given and max(sums.values()) == 0:
+        raise StepError("the importance mask is zero in every layer", where=where, mend="Make it again.")
     low, high = (0.0, 1.0) if given else (min(sums.values()), max(sums.values()))
     if given and not all(0 <= value <= 1 for value in sums.values()):
         raise StepError("the importance mask has a layer's importance outside [0, 1]", where=where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -149,8 +149,8 @@ class Lora(Op):
     def _no_dora(cls, value: bool) -> bool:
         if value:
             raise ValueError(
-                "DoRA rescales each column of W + B·A, so its change is no B·A: no projection of the factors holds it "
-                "out of a subspace, and `apply` could not fold it in; use_rslora helps high ranks instead"
+                "DoRA rescales each column of W + B·A, so its change is no B·A, and no projection of the factors holds "
+                "it out of a subspace; use_rslora helps high ranks instead"
             )
         return value
 
@@ -159,8 +159,8 @@ class Lora(Op):
     def _no_whole_modules(cls, value: list[str] | None) -> list[str] | None:
         if value:
             raise ValueError(
-                f"modules_to_save would train {', '.join(value)} whole, outside every protection, and `apply` could "
-                "not fold it in; name linear layers in target_modules instead"
+                f"modules_to_save would train {', '.join(value)} whole, outside every protection; "
+                "name linear layers in target_modules instead"
             )
         return value
 
@@ -190,6 +190,8 @@ class Lora(Op):
         if self.protect is not None and self.protect in ctx.inputs:
             mask = Subspaces(ctx.path(self.protect))
             mask.bind({f"{name}.weight": shape for name, shape in shapes.items()}, ctx.where)
+        if self.importance is not None and self.importance in ctx.inputs:
+            self._rates(ctx, shapes)
         if self.data in ctx.inputs:
             columns_of(self._rows(ctx, 1)[0], self.format, self._named())
 
@@ -339,12 +341,12 @@ class Lora(Op):
                     raise StepError(what, where=ctx.where, mend="Make the mask with a lower rank or max_share.")
         return found
 
-    def _rates(self, ctx: Context, factors: Mapping[str, Factors]) -> dict[str, float]:
+    def _rates(self, ctx: Context, modules: Iterable[str]) -> dict[str, float]:
         if self.importance is None:
             return {}
         mask = ctx.artifact(self.importance)
         file = "layers.json" if (mask.path / "layers.json").is_file() else "layer_importance.json"
-        return rates(mask.read_json(file), factors, self.importance_floor, ctx.where)
+        return rates(mask.read_json(file), modules, self.importance_floor, ctx.where)
 
     def _base(self, ctx: Context) -> tuple[str, str | None]:
         """What the adapter says of its base: repository and commit, or the recipe's name for it; never a path."""

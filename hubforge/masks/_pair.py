@@ -41,6 +41,8 @@ class Matrices(Protocol):
         """Have it in memory soon."""
 
     def delta(self, name: str) -> Delta: ...
+    def damaged(self, name: str) -> str:
+        """Which of the tensors read for it holds NaN or infinity, and in what file; "" when none does."""
 
 
 class Pair:
@@ -101,6 +103,9 @@ class Pair:
             rounding += rounding_energy(mine, differ) + rounding_energy(theirs, differ)
         return Delta(values, base, rounding)
 
+    def damaged(self, name: str) -> str:
+        return _damaged(self.one, name) or _damaged(self.other, self._theirs[name])
+
 
 class Weighed:
     """The matrices of a Fisher mask. The rounding of its squares says nothing of a model's, and is not counted."""
@@ -121,6 +126,14 @@ class Weighed:
 
     def delta(self, name: str) -> Delta:
         return Delta(self.fisher.read(name).float(), 0.0, 0.0)
+
+    def damaged(self, name: str) -> str:
+        return _damaged(self.fisher, name)
+
+
+def _damaged(checkpoint: Checkpoint, name: str) -> str:
+    whole = checkpoint.read(name).isfinite().all()
+    return "" if bool(whole) else f"{name} of {checkpoint.info(name).file}"
 
 
 def rounding_energy(values: Tensor, where: Tensor) -> float:

@@ -70,12 +70,15 @@ class Combine(Op):
     def misfit(self, field: str, form: str) -> str:
         return "A subspace has no importance of each weight; `protect:` takes it." if form == "subspace" else ""
 
+    def preflight(self, ctx: Context) -> None:
+        """Whether the masks are of one model, where all are there already: only headers are read."""
+        if all(ref in ctx.inputs for ref in self.masks):
+            with ExitStack() as stack:
+                self._parts(ctx, stack)
+
     def run(self, ctx: Context) -> Metrics:
         with ExitStack() as stack:
-            parts = [Part(str(ref), ctx.path(ref), self.normalize, stack) for ref in self.masks]
-            # The first that has tensors of its own says which; `layers` alone know the shapes of theirs.
-            first = next((part for part in parts if part.by_layer is None), parts[0])
-            owns = {name: [part.own(name, shape, ctx.where) for part in parts] for name, shape in first.shapes.items()}
+            parts, first, owns = self._parts(ctx, stack)
             if self.scope == "global":
                 self._survey(ctx, parts)
             facts = self._write(ctx, parts, first, owns)
@@ -100,6 +103,17 @@ class Combine(Op):
             "histogram": _histogram(facts),
             "layers": [{"layer": layer, "gate": entry["mean"]} for layer, entry in layers.items()],
         }
+
+    def _parts(self, ctx: Context, stack: ExitStack) -> tuple[list[Part], Part, dict[str, list[str]]]:
+        """The masks; the one that says which tensors there are; and the name of each of these in every mask."""
+        parts = [Part(str(ref), ctx.path(ref), self.normalize, stack) for ref in self.masks]
+        # The first that has tensors of its own says which; `layers` alone know the shapes of theirs.
+        first = next((part for part in parts if part.by_layer is None), parts[0])
+        return (
+            parts,
+            first,
+            {name: [part.own(name, shape, ctx.where) for part in parts] for name, shape in first.shapes.items()},
+        )
 
     def _survey(self, ctx: Context, parts: list[Part]) -> None:
         """Count all values of each Fisher, for `scope: global`."""

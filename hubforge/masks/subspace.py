@@ -89,6 +89,8 @@ class Subspace(Op):
         if self.fisher is None and (self.instruct is None or self.pretrained is None):
             missing = "pretrained" if self.pretrained is None else "instruct"
             raise ValueError(f"`{missing}` is missing: the subspace is that of a difference of two models")
+        if self.fisher is None and self.instruct == self.pretrained:
+            raise ValueError(f"{self.instruct} is named twice, and does not differ from itself")
         if self.rank is None and self.energy is None:
             raise ValueError("give `rank` (such as 64), `energy` (such as 0.9), or both")
         return self
@@ -107,13 +109,17 @@ class Subspace(Op):
             limits = {name: self._limit(matrices.shape(name)) for name in targets.names}
             capped = [name for name, limit in limits.items() if self.rank is not None and limit < self.rank]
             if capped:
-                ctx.note(
-                    f"rank {self.rank} is limited in {len(capped)} matrices: to {limits[capped[0]]} in {capped[0]}"
-                )
+                said = f"rank {self.rank} is limited in {len(capped)} matrices: to {limits[capped[0]]} in {capped[0]}"
+                small = [name for name in capped if self.rank is not None and min(matrices.shape(name)) < self.rank]
+                if small:  # No matter of `max_share`: such a rank cannot be meant.
+                    ctx.warn(f"{said}; {len(small)} have no such rank: {small[0]} is {list(matrices.shape(small[0]))}")
+                else:
+                    ctx.note(said)
             facts = self._compute(ctx, matrices, limits)
-        if not any(matrix["rank"] for matrix in facts.values()):
-            if self.fisher is not None:
-                raise StepError(f"{self.fisher} is zero in every matrix", where=ctx.where, mend="Make it again.")
+        empty = [name for name, matrix in facts.items() if not matrix["rank"]]
+        if empty and self.fisher is not None:
+            raise StepError(f"{empty[0]} of {self.fisher} is zero throughout", where=ctx.where, mend="Make it again.")
+        if len(empty) == len(facts):
             mend = "Name a pretrained model that the instruct model was trained from."
             raise StepError("the two models do not differ in any matrix", where=ctx.where, mend=mend)
         self._finish(ctx, facts, limits, targets.left_out)
@@ -177,6 +183,9 @@ class Subspace(Op):
                     try:
                         found = leading(delta.values, limits[name], self.energy)
                     except StepError as error:
+                        if damaged := pair.damaged(name):
+                            what, mend = f"{damaged} holds NaN or infinity", "Make or fetch it again."
+                            raise StepError(what, where=ctx.where, mend=mend) from error
                         raise StepError(f"{name}: {error.what}", where=ctx.where, mend=error.mend) from error
                     facts[name] = _facts(found, delta.base, delta.rounding)
                     for part in "UVS":  # S last: with it come the facts.

@@ -14,11 +14,15 @@ from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, TensorOp
 from hubforge.tensors.adapter import open_adapter
 from hubforge.tensors.gate import Normalize, needs_all, normalized, require_range, require_some
+from hubforge.tensors.names import Aliases
 from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
 from hubforge.tensors.reader import open_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_ANOTHER = "The mask is of another model: make or name one of this model."
 
 
 @dataclass(frozen=True)
@@ -116,16 +120,28 @@ class Apply(TensorOp):
     def apart(self) -> str:
         return "its leak is measured on what is stored" if self.protect is not None else ""
 
+    def preflight(self, ctx: Context) -> None:
+        """Whether the masks are of this model, where both are there already: only headers are read."""
+        importance = self.importance if self.importance in ctx.inputs else None
+        protect = self.protect if self.protect in ctx.inputs else None
+        if importance is not None:
+            self._layers(ctx)
+        if self.model not in ctx.inputs or (importance is None and protect is None):
+            return
+        with open_checkpoint(ctx.path(self.model)) as base:
+            shapes = {name: info.shape for name, info in base.tensors.items()}
+        if importance is not None:
+            with open_checkpoint(ctx.path(importance), self.mask_stem) as mask:
+                _check_fits(
+                    str(importance), {name: info.shape for name, info in mask.tensors.items()}, shapes, self.model
+                )
+        if protect is not None:
+            subspaces = Subspaces(ctx.path(protect))
+            if not [name for name, shape in shapes.items() if subspaces.find(name, shape) is not None]:
+                raise StepError(f"{protect} has no subspace of any tensor of {self.model}", mend=_ANOTHER)
+
     def prepare(self, ctx: Context) -> Known:
-        layers: Mapping[int, float] = {}
-        if self.importance is not None:
-            _check_kind(ctx.path(self.importance), str(self.importance), self.normalize, ctx.where)
-        if self.importance is not None and self.damps_layers():
-            importance = ctx.artifact(self.importance)
-            if importance.path.is_file() and not importance.path.with_name("layer_importance.json").is_file():
-                what = f"{self.importance} is one file, and what each layer matters stands in layer_importance.json"
-                raise StepError(what, where=ctx.where, mend="Set `layer_damping: false`, or give the mask's folder.")
-            layers = layer_importance(importance.read_json("layer_importance.json"), ctx.where)
+        layers = self._layers(ctx)
         if self.protect is None:
             return Known(layers)
         mask = Subspaces(ctx.path(self.protect))
@@ -136,6 +152,19 @@ class Apply(TensorOp):
                     changed = [*adapter.on(base), *adapter.saved_on(base)]
                     shapes |= {name: base.info(name).shape for name in changed}
         return Known(layers, mask, mask.bind(shapes, ctx.where))
+
+    def _layers(self, ctx: Context) -> Mapping[int, float]:
+        """F_layer, where layers are damped; StepError when `importance` is no mask to take it from."""
+        if self.importance is None:
+            return {}
+        _check_kind(ctx.path(self.importance), str(self.importance), self.normalize, ctx.where)
+        if not self.damps_layers():
+            return {}
+        importance = ctx.artifact(self.importance)
+        if importance.path.is_file() and not importance.path.with_name("layer_importance.json").is_file():
+            what = f"{self.importance} is one file, and what each layer matters stands in layer_importance.json"
+            raise StepError(what, where=ctx.where, mend="Set `layer_damping: false`, or give the mask's folder.")
+        return layer_importance(importance.read_json("layer_importance.json"), ctx.where)
 
     def review(self, ctx: Context) -> Metrics:
         """The leak of what was written, rounding and all."""
@@ -204,6 +233,20 @@ class Apply(TensorOp):
             what = f"{self.importance} has no importance for layer {layer} ({at.name})"
             raise StepError(what, mend="Make a mask of this very model, or set `layer_damping: false`.")
         return layers[layer]
+
+
+def _check_fits(
+    ref: str, mask: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], name_of_model: str
+) -> None:
+    """StepError, naming the tensor, when a mask's shapes are not the model's, or it has none of its tensors."""
+    names = Aliases(model, name_of_model)
+    found = {name: own for name in mask if (own := names.find(name)) is not None}
+    if not found:
+        raise StepError(f"{ref} has no tensor of {name_of_model}", mend=_ANOTHER)
+    for name, own in found.items():
+        if tuple(mask[name]) != tuple(model[own]):
+            what = f"{own} is {list(model[own])} in {name_of_model}, but {name} is {list(mask[name])} in {ref}"
+            raise StepError(what, mend=_ANOTHER)
 
 
 def _check_kind(path: Path, ref: str, normalize: str, where: str) -> None:

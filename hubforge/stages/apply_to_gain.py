@@ -84,6 +84,9 @@ class ApplyToGain(Op):
             return "Name the Fisher mask that it was made of: gates are for `apply`."
         return self._apply(1.0).misfit(field, form)
 
+    def preflight(self, ctx: Context) -> None:
+        self._apply(1.0).preflight(ctx)
+
     def run(self, ctx: Context) -> Metrics:
         full = ctx.out / "full"
         run_tensor_op(self._apply(1.0, dtype="float32"), replace(ctx, out=full, sha256={}))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -395,6 +396,14 @@ def test_preflight_finds_a_missing_column_and_a_tower(prepare, tiny_gemma4_multi
     with pytest.raises(StepError, match="rank 40 is larger"):
         lora(rank=40).preflight(prepare())
     lora(protect="core").preflight(prepare())
+
+
+def test_preflight_finds_layers_of_another_model(prepare, tmp_path):
+    (tmp_path / "layers.json").write_text('{"layers": {"0": {"sum": 1.0, "importance": 0.0}}}')
+    ctx = prepare()
+    ctx = replace(ctx, inputs={**ctx.inputs, "depth": Artifact("depth", "mask", "d", tmp_path)})
+    with pytest.raises(StepError, match=r"r\.yaml:9: the importance mask has nothing for layer 1 \(model\.layers\.1"):
+        lora(importance="depth").preflight(ctx)
 
 
 LAUNCHED = [

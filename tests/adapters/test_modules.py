@@ -67,3 +67,5 @@ def test_a_layer_without_importance_is_an_error():
         rates(FACTS, ["model.layers.3.mlp.up_proj"], 0.0)
     with pytest.raises(StepError, match="no number for each layer"):
         rates({"layers": {"0": 1}}, NAMES, 0.0)
+    with pytest.raises(StepError, match="zero in every layer"):
+        rates({"layers": {"0": {"sum": 0.0}}}, NAMES[:1], 0.0)

@@ -198,6 +198,17 @@ def test_a_mask_that_does_not_fit_is_named(tensors: dict[str, torch.Tensor], mes
         made(Combine(masks=["a", "b"]), tmp_path / "out", a=one, b=other)
 
 
+def test_masks_of_two_models_are_found_in_the_preflight(tmp_path: Path) -> None:
+    inputs = {
+        name: Artifact(name, "mask", name, mask(tmp_path / name, {UP: torch.ones(1, size)}))
+        for name, size in (("a", 2), ("b", 3))
+    }
+    op = Combine(masks=["a", "b"])
+    op.preflight(Context("masks.gate", tmp_path, {"a": inputs["a"]}))  # b is not made yet.
+    with pytest.raises(StepError, match=rf"{UP} of b is \[1, 3\], not \[1, 2\]"):
+        op.preflight(Context("masks.gate", tmp_path, inputs))
+
+
 def test_a_fisher_that_is_zero_is_no_measure_of_layers_or_of_all(tmp_path: Path) -> None:
     some = mask(tmp_path / "a", {UP: torch.ones(1, 2), DOWN: torch.zeros(1, 2)})
     none = mask(tmp_path / "b", {UP: torch.zeros(1, 2), DOWN: torch.zeros(1, 2)})

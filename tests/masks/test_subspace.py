@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hubforge.errors import HubforgeError, SourceError, StepError
-from hubforge.events import Event, Note, Progress
+from hubforge.events import Event, Note, Progress, Warned
 from hubforge.masks._pair import rounding_energy
 from hubforge.masks.subspace import Subspace
 from hubforge.op import Artifact, Context
@@ -19,6 +19,7 @@ from hubforge.tensors import spectrum
 from hubforge.tensors.spectrum import leading
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
 
 
 def op(**fields: object) -> Subspace:
@@ -255,9 +256,30 @@ def test_narrow_matrices_keep_a_share_of_their_directions(
     metrics = op(rank=24, targets="[qk]_proj").run(context(tmp_path / "out", tiny_llama_other, tiny_llama, seen.append))
     written = load_file(tmp_path / "out" / "subspace.safetensors")
     assert written[f"{Q_PROJ}.U"].shape == (64, 24)
-    assert written[f"{Q_PROJ.replace('q_proj', 'k_proj')}.U"].shape == (32, 16)
+    assert written[f"{K_PROJ}.U"].shape == (32, 16)
     assert metrics["capped"] == 2
     assert any(isinstance(event, Note) and "rank 24 is limited in 2 matrices: to 16 in" in event.text for event in seen)
+
+
+def test_a_rank_larger_than_a_matrix_is_warned_about(tiny_llama: Path, tiny_llama_other: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    op(rank=40, targets="[qk]_proj").run(context(tmp_path / "out", tiny_llama_other, tiny_llama, seen.append))
+    (warned,) = [event for event in seen if isinstance(event, Warned)]
+    assert str(warned) == (
+        f"r.yaml:8: rank 40 is limited in 4 matrices: to 16 in {K_PROJ}; 2 have no such rank: {K_PROJ} is [32, 64]"
+    )
+
+
+def test_a_fisher_with_a_matrix_of_zeros_or_nan_has_no_subspace(tmp_path: Path) -> None:
+    for value, message in ((0.0, "is zero throughout"), (float("nan"), "holds NaN or infinity")):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        values = {Q_PROJ: torch.full((8, 8), value), K_PROJ: torch.rand(8, 8)}
+        save_file(values, folder / "fisher.safetensors")
+        ctx = Context("masks.w", folder / "out", {"f": Artifact("f", "mask", "k", folder)}, where="r.yaml:8")
+        ctx.out.mkdir()
+        with pytest.raises(StepError, match=rf"r.yaml:8: {Q_PROJ} of .*{message}"):
+            Subspace.model_validate({"fisher": "f", "rank": 4}).run(ctx)
 
 
 def test_energy_alone_is_a_rank_per_matrix(tiny_llama: Path, tiny_llama_other: Path, tmp_path: Path) -> None:
@@ -303,6 +325,7 @@ def test_the_subspace_of_a_fisher_is_that_of_its_matrices(tmp_path: Path) -> Non
         ({"fisher": "f"}, "give `instruct` and `pretrained`, or `fisher` alone"),
         ({"instruct": None, "pretrained": None}, "give `instruct` and `pretrained`, or `fisher` alone"),
         ({"rank": 0}, "greater than or equal to 1"),
+        ({"instruct": "pt"}, "pt is named twice, and does not differ from itself"),
     ],
 )
 def test_fields_that_say_too_little_or_too_much(fields: dict[str, object], message: str) -> None:
@@ -422,7 +445,7 @@ def quantise(weights: dict[str, torch.Tensor]) -> None:
         (drop, SourceError, rf"pt: has no tensor {Q_PROJ}, which \S+ has"),
         (widen, SourceError, rf"pt: {Q_PROJ} is of shape \[64, 32\]\n  In \S+ it is \[64, 64\]"),
         (quantise, SourceError, rf"model.safetensors: {Q_PROJ} is quantised to F8_E4M3"),
-        (poison, StepError, rf"r.yaml:8: {Q_PROJ}: the difference is not finite"),
+        (poison, StepError, rf"r.yaml:8: {Q_PROJ} of .*\.safetensors holds NaN or infinity\n  Make or fetch"),
         (lambda weights: None, StepError, "r.yaml:8: the two models do not differ in any matrix"),
     ],
     ids=["absent", "shape", "quantised", "inf", "same"],

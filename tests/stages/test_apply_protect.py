@@ -97,3 +97,32 @@ def test_what_the_mask_does_not_cover_is_an_error(tmp_path, tiny_llama, tiny_lor
         save_file({n: checkpoint.read(n) for n in checkpoint if ".layers.0." in n}, few / "subspace.safetensors")
     with pytest.raises(StepError, match=r"r\.yaml:5: .*no subspace for model\.layers\.1"):
         applied(tmp_path / "out", tiny_llama, tiny_loras["one"], few.parent, protect="core")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("importance", r"model\.\S+ is \[.*\] in it, but model\.\S+ is \[.*\] in fisher\n  The mask is of another"),
+        ("protect", r"model\.\S+ is \[.*\] in the model, but .* is for \["),
+    ],
+)
+def test_a_mask_of_another_model_is_found_before_any_step(tmp_path, tiny_llama, tiny_llama_256, masks, field, message):
+    """Before the adapter is trained, too: it need not be there."""
+    inputs = {
+        "it": Artifact("it", "model", "1", tiny_llama_256),
+        "core": Artifact("core", "mask", "3", masks / "core"),
+        "fisher": Artifact("fisher", "mask", "4", masks / "fisher"),
+    }
+    named = {"importance": "fisher", "protect": "core"}[field]
+    op = Apply.model_validate({"model": "it", "adapters": ["prose"], field: named})
+    with pytest.raises(StepError, match=message):
+        op.preflight(Context("stages.x", tmp_path, inputs))
+    op.preflight(Context("stages.x", tmp_path, inputs | {"it": Artifact("it", "model", "1", tiny_llama)}))
+
+
+def test_a_mask_without_any_tensor_of_the_model_is_refused(tmp_path, tiny_llama, masks):
+    save_file({"encoder.block.0.weight": torch.ones(2, 2)}, tmp_path / "fisher.safetensors")
+    inputs = {"it": Artifact("it", "model", "1", tiny_llama), "f": Artifact("f", "mask", "2", tmp_path)}
+    op = Apply.model_validate({"model": "it", "adapters": ["a"], "importance": "f", "layer_damping": False})
+    with pytest.raises(StepError, match="f has no tensor of it"):
+        op.preflight(Context("stages.x", tmp_path, inputs))
