@@ -297,6 +297,32 @@ parameters:
     assert {name: value_at(schedule, f"model.{name}.weight", 0.0) for name in names} == names
 
 
+def test_what_the_filters_of_a_scope_leave_open_comes_from_the_one_around_it(tmp_path):
+    text = """
+merge_method: ties
+base_model: o/m
+models:
+  - {model: o/a, parameters: {density: [{filter: mlp, value: 0.5}], weight: 1}}
+  - {model: o/b, parameters: {weight: [{filter: mlp, value: 0.2}]}}
+parameters: {density: [{filter: q_proj, value: 0.1}], weight: [0.7, 0.1], lambda: [{filter: mlp, value: 2}]}
+"""
+    merged = imported(text, tmp_path)[1]["merged"]
+    assert merged["density"] == [{"*mlp*****": 0.5, "*q_proj*": 0.1, "default": 1.0}, {"*q_proj*": 0.1, "default": 1.0}]
+    assert merged["weights"] == [1, {"*mlp*": 0.2, "default": [0.7, 0.1]}]
+    assert merged["scale"] == {"*mlp*": 2, "default": 1.0}
+
+
+def test_a_slice_of_one_layer_takes_the_end_of_a_gradient(tmp_path):
+    one = "{sources: [{model: o/a, layer_range: [2, 3]}, {model: o/b, layer_range: [2, 3]}]}"
+    whole = "{sources: [{model: o/a, layer_range: [0, 2]}]}"
+    t = "[{filter: mlp, value: [0, 0.6]}, {value: [0.1, 0.9]}]"
+    text = f"merge_method: slerp\nbase_model: o/a\nslices: [{whole}, {one}]\nparameters: {{t: {t}}}\n"
+    schedule = imported(text, tmp_path)[1]["merged-2"]["t"]
+    names = {"model.layers.2.mlp.up_proj.weight": 0.6, "model.layers.2.input_layernorm.weight": 0.9}
+    names |= {"model.norm.weight": 0.1, "lm_head.weight": 0.1}  # mergekit: the first value around the layers
+    assert {name: value_at(schedule, name, 0.5) for name in names} == names
+
+
 def test_what_is_lost_is_named(tmp_path):
     text = f"""
 merge_method: ties

@@ -212,7 +212,7 @@ class _Import:
             ranges = [list(source["layer_range"]) for source in sources]
             if len({last - first for first, last in ranges}) != 1:
                 raise self.refuse(f"slice {number} of {label} merges different numbers of layers: {ranges}")
-            own = merge.within(part.get("base_model"), part.get("parameters") or {})
+            own = merge.within(part.get("base_model"), part.get("parameters") or {}, ranges[0][1] - ranges[0][0])
             layers: Data = {"layers": ranges[0]}
             if len(sources) == 1:
                 scale = own.setting("scale", sources[0]) if merge.method == "passthrough" else None

@@ -40,7 +40,7 @@ SHARED: dict[str, dict[str, str]] = {
     **{method: {"normalize": "normalize", "rescale": "rescale", "lambda": "scale"} for method in _TASK_VECTORS},
 }
 _NO_BASE = ("linear", "karcher", "passthrough")  # their base_model is one more model, and where the config comes from
-_DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}  # a missing weight is an error there
+_DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0, "lambda": 1.0}  # t and weight have none
 
 
 @dataclass
@@ -80,43 +80,49 @@ class Merge:
     dtype: Data = field(default_factory=dict)
     tokenizer: Data = field(default_factory=dict)
     has_gradient: bool = False
+    one_layer: bool = False  # whether it is a slice of one layer
 
-    def within(self, base: Any, parameters: Data) -> Merge:
-        """The same for one slice, with parameters of its own."""
-        return replace(self, base=base or self.base, scopes=[parameters, *self.scopes], has_gradient=False)
+    def within(self, base: Any, parameters: Data, layers: int) -> Merge:
+        """The same for one slice of so many layers, with parameters of its own."""
+        scopes, base = [parameters, *self.scopes], base or self.base
+        return replace(self, base=base, scopes=scopes, has_gradient=False, one_layer=layers == 1)
 
     def setting(self, name: str, model: Data | None = None) -> Any:
-        """A parameter in our notation; None where it is not given. A model's own come first."""
-        inner = [model.get("parameters") or {}] if model else []
-        for scope in [*inner, *self.scopes]:
-            if scope.get(name) is not None:
-                return self.schedule(name, scope[name])
-        return None
+        """A parameter in our notation; None where it is not given. A model's own come first.
 
-    def schedule(self, name: str, value: Any) -> Any:
-        """mergekit's filters as patterns. There the first that fits counts, here the longest."""
-        if isinstance(value, Mapping):
-            value = [value]
+        mergekit's filters become patterns. There the first that fits counts, here the longest; where none of a scope
+        fits, the scopes around it are asked.
+        """
+        found: Data = {}
+        for scope in [model.get("parameters") or {} if model else {}, *self.scopes]:
+            value = scope.get(name)
+            entries = value if isinstance(value, list) and isinstance(value[0], Mapping) else [value]
+            for entry in entries if value is not None else ():
+                entry = entry if isinstance(entry, Mapping) else {"value": entry}
+                text = entry.get("filter")
+                if text not in (None, "*") and re.search(r"[\[\]?*]", text):
+                    raise self.into.refuse(f"the filter {text!r} of {name} looks for a character that patterns use")
+                pattern = "default" if text in (None, "*") else f"*{text}*"
+                inside = self.over_layers(entry["value"])
+                if self.one_layer and isinstance(inside, list):
+                    # A lone layer takes a gradient's last value; what stands around the layers, the first.
+                    found.setdefault("*.[0-9]*" if pattern == "default" else pattern, inside[-1])
+                    inside = inside[0]
+                found.setdefault(pattern, inside)
+                if pattern == "default":
+                    return _by_length(found) if len(found) > 1 else found[pattern]
+        if not found:
+            return None
+        if name not in _DEFAULTS:
+            raise self.into.refuse(f"{name} has filters, but no value for the other tensors")
+        return _by_length(found | {"default": _DEFAULTS[name]})
+
+    def over_layers(self, value: Any) -> Any:
+        """A number, or a gradient."""
         if not isinstance(value, list):
             return _number(value)
-        if not any(isinstance(entry, Mapping) for entry in value):
-            self.has_gradient = self.has_gradient or len(value) > 1
-            return [_number(entry) for entry in value]
-        found: Data = {}
-        for entry in value:
-            text = entry.get("filter")
-            inside = self.schedule(name, entry["value"])
-            if text in (None, "*"):
-                found["default"] = inside
-                break
-            if re.search(r"[\[\]?*]", text):
-                raise self.into.refuse(f"the filter {text!r} of {name} looks for a character that patterns use")
-            found.setdefault(f"*{text}*", inside)
-        if "default" not in found:
-            if name not in _DEFAULTS or name == "weight":
-                raise self.into.refuse(f"{name} has filters, but no value for the other tensors")
-            found["default"] = _DEFAULTS[name]
-        return _by_length(found)
+        self.has_gradient = self.has_gradient or (len(value) > 1 and not self.one_layer)
+        return [_number(entry) for entry in value]
 
     def fields(self, models: list[Data], *, adds_base: bool = False, cut: bool = False) -> Data:
         """The stage's fields. adds_base: a base that is not among the models is one more of them, as in `models`."""
@@ -149,7 +155,7 @@ class Merge:
         for name, ours in SHARED[self.method].items():
             value = self.setting(name)
             if value is not None and ours:
-                if isinstance(value, (list, dict)) and name != "t":
+                if isinstance(value, (list, dict)) and name not in ("t", "lambda"):
                     self.into.losses.tell(
                         f"{name} of {self.method} is one number or yes and no, not by module or layer"
                     )
@@ -163,7 +169,7 @@ class Merge:
         for name, ours in PER_MODEL.get(self.method, {}).items():
             values = [self.setting(name, model) for model in held.values()]
             if name == "density" or any(value is not None for value in values):
-                values = [_DEFAULTS[name] if value is None else value for value in values]
+                values = [_DEFAULTS.get(name, 1.0) if value is None else value for value in values]
                 same = values.count(values[0]) == len(values) and not isinstance(values[0], list)
                 fields[ours] = values[0] if same and ours != "weights" else values
         return fields

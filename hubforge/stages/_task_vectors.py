@@ -30,7 +30,7 @@ class TaskVectors(FromBase):
         None, description="One factor per model, any sign; by default 1 each. mergekit's `weight`."
     )
     normalize: bool = Field(False, description="Whether to divide by the sum of the weights that were added up.")
-    scale: float = Field(1.0, allow_inf_nan=False, description="λ, a factor of the whole change; mergekit's `lambda`.")
+    scale: Schedule = Field(1.0, description="λ, a factor of the whole change; mergekit's `lambda`.")
 
     def thinned(self, delta: Tensor, index: int, at: Place) -> Tensor:
         """The task vector of one model with what the method drops set to zero; `delta` itself, or a new tensor."""
@@ -44,7 +44,7 @@ class TaskVectors(FromBase):
         deltas = (self.thinned(w[model] - base, index, at) for index, model in held)
         weights = [self.of_model(self.weights, index, at) for index, _ in held]
         merged = (agreeing_sum if self.elects else weighted_sum)(deltas, weights, self.normalize)
-        return torch.add(base, merged, alpha=self.scale, out=merged)
+        return torch.add(base, merged, alpha=self.value(self.scale, at), out=merged)
 
 
 class ByMagnitude(TaskVectors):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from hubforge.combination import Combination
 from hubforge.op import ModelRef, Place
 from hubforge.stages._models import Models, from_base, indexed
-from hubforge.tensors.schedule import Schedule
+from hubforge.tensors.schedule import Schedule, values_of
 
 
 class TaskArithmetic(Models):
@@ -28,9 +28,7 @@ class TaskArithmetic(Models):
     weights: list[Schedule] | None = Field(
         None, description="One factor per fine-tuned model, any sign; by default 1 each. Not normalised."
     )
-    scale: float = Field(
-        1.0, allow_inf_nan=False, description="s, a factor of the whole change; 0 gives the base's own bytes."
-    )
+    scale: Schedule = Field(1.0, description="s, a factor of the whole change; 0 gives the base's own bytes.")
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> TaskArithmetic:
@@ -43,11 +41,11 @@ class TaskArithmetic(Models):
         return from_base(self.model, self.models)
 
     def changes(self, name: str, present: frozenset[str]) -> bool:
-        return super().changes(name, present) and self.scale != 0
+        return super().changes(name, present) and any(values_of(self.scale))
 
     def combination(self, present: frozenset[str], at: Place) -> Combination:
+        scale = self.value(self.scale, at)
         weights = {
-            str(model): self.scale * self.of_model(self.weights, index, at)
-            for index, model in indexed(self.models, present)
+            str(model): scale * self.of_model(self.weights, index, at) for index, model in indexed(self.models, present)
         }
         return Combination(weights, origin=str(self.model))

@@ -5,6 +5,7 @@ import torch
 
 from hubforge.errors import StepError
 from hubforge.op import Place
+from hubforge.stages.dare_linear import DareLinear
 from hubforge.stages.task_arithmetic import TaskArithmetic
 
 
@@ -13,6 +14,21 @@ def test_by_hand():
     op = TaskArithmetic(model="m", models=["a", "b"], weights=[2.0, -1.0], scale=0.5)
     # 1 + .5 * 2 * 1, 1 - .5 * 4
     assert op.tensor(w, Place("w")).tolist() == [2.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        TaskArithmetic(model="m", models=["a"], scale={"mlp": 0.5, "default": [1, 3]}),
+        DareLinear(base_model="m", models=["a"], scale={"mlp": 0.5, "default": [1, 3]}),
+    ],
+    ids=["alone", "its family"],
+)
+def test_the_scale_may_differ_by_module_and_layer(op, merge):
+    w = {"m": [1.0], "a": [3.0]}
+    names = {"model.layers.2.mlp.up_proj.weight": 2, "model.layers.1.norm.weight": 1, "model.norm.weight": None}
+    found = [merge(op, w, name=name, layer=layer, known=3).item() for name, layer in names.items()]
+    assert found == [1 + 0.5 * 2, 1 + 2 * 2, 1 + 1 * 2]
 
 
 def test_a_model_that_is_the_base_adds_nothing(tiny_llama, context, run_op, tensors_of):
