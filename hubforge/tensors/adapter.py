@@ -2,7 +2,8 @@
 
 adapter_config.json comes from strangers: each field used is checked. DoRA and whole modules saved beside the factors
 change the base by what only the base tells, so they can be applied to it but not merged with others; biases,
-convolutions and fused experts are refused. Each by name, so that nothing is lost in silence.
+convolutions and fused experts are refused. Each by name, so that nothing is lost in silence. The base's own embeddings,
+which PEFT saves beside factors of them, are no part of a merge: the base has them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hubforge.tensors import dtypes
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.quantised import config_beside
 from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, read_json
+from hubforge.tensors.vocabulary import is_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WITH_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 _CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 _PREFIX = "base_model.model."
+_AT_ONCE = 16 << 20  # bytes compared at once
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _BASE = re.compile(r"(?P<module>.+?)\.base_layer\.weight")
 _KEY = re.compile(r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?")
@@ -223,13 +226,17 @@ class Adapter:
 
     @cached_property
     def saved(self) -> Mapping[str, str]:
-        """The tensors of `modules_to_save`, which take the base's places whole: name in the base by key in the file."""
+        """The tensors that take the base's places whole, `modules_to_save`'s: name in the base by key in the file.
+
+        And embeddings and heads, which PEFT saves by itself where tokens were added to the model.
+        """
         found = {}
         for key in self.checkpoint.tensors:
             name = key.removeprefix(_PREFIX)
             parts = name.split(".")
             # As PEFT takes the names: of "norm", any module whose name ends so.
-            if any(f"{module}." in name for module in self.config.modules_to_save) and "lora_" not in key:
+            listed = any(f"{module}." in name for module in self.config.modules_to_save) and "lora_" not in key
+            if listed or is_table(name):
                 # Some versions of PEFT keep its wrapper in the name.
                 inner = parts.index("modules_to_save") if "modules_to_save" in parts else None
                 found[key] = ".".join(parts[:inner] + parts[inner + 2 :]) if inner is not None else name
@@ -237,9 +244,8 @@ class Adapter:
 
     def require_plain(self) -> None:
         """SourceError unless all that the adapter does is add scaling * B @ A."""
-        bases = [module.base.name for module in self.modules.values() if module.base]
-        if self.config.use_dora or self.saved or bases:
-            whole = next(iter([*self.saved, *bases]), "")
+        if self.config.use_dora or self.saved:
+            whole = next(iter(self.saved), "")
             kind = "a DoRA adapter" if self.config.use_dora else f"one with whole modules ({whole})"
             mend = "`op: apply` folds it into its base; merge the models that come of it."
             what = f"is {kind}: what it adds depends on the base, so it cannot be merged with others"
@@ -289,18 +295,39 @@ class Adapter:
     def saved_on(self, base: Checkpoint) -> dict[str, str]:
         """The key of the tensor that takes the place of each tensor of `base`, by the base's tensor name.
 
-        A head that the base ties to its embeddings is none of its tensors: SourceError, as for any it lacks.
+        A head that the base ties to its embeddings is none of its tensors: SourceError, as for any it lacks, unless it
+        holds the embeddings' bytes once more.
         """
         aliases = Aliases(base, str(base.path))
         found = {}
         for key, name in self.saved.items():
             tensor = aliases.find(name)
+            if tensor is None and self._repeats_another_table(key):
+                continue
             if tensor is None:
                 what = f"replaces {name}, which {base.path} lacks"
                 raise SourceError(what, where=self.where, mend=self._trained_on())
             self._check_shape(name, self.checkpoint.info(key).shape, base.info(tensor))
             found[tensor] = key
         return found
+
+    def _repeats_another_table(self, key: str) -> bool:
+        """Whether a head has the bytes of the embeddings beside it: PEFT saves tied ones twice."""
+        import torch
+
+        one = self.checkpoint.info(key)
+        for other in self.saved.keys() - {key}:
+            two = self.checkpoint.info(other)
+            if (
+                is_table(self.saved[key])
+                and is_table(self.saved[other])
+                and (one.shape, one.dtype) == (two.shape, two.dtype)
+            ):
+                step = max(1, _AT_ONCE * one.rows // max(one.nbytes, 1))
+                ranges = [(first, min(first + step, one.rows)) for first in range(0, one.rows, step)]
+                read = self.checkpoint.read_bytes
+                return all(torch.equal(read(key, *rows), read(other, *rows)) for rows in ranges)
+        return False
 
     def _check_shape(self, what: str, shape: tuple[int, ...], info: TensorInfo) -> None:
         if info.shape != shape:

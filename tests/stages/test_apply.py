@@ -1,6 +1,7 @@
 """`apply`: by hand, its laws, and beside PEFT."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -200,6 +201,32 @@ def test_dora_by_columns_as_peft_merges_it(family, targets, more, tiny_llama, tm
         if not torch.equal(found[name], before[name].float()):
             changed.add(name.split(".")[-2])
     assert changed == {target.split(".")[-1] for target in targets}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["a head", "tied"])
+def test_tables_that_peft_saves_where_tokens_were_added(tied, tmp_path, context, run_op, tensors_of):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hubforge.lab.tiny import draw_weights, tiny_llama
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "m", tie_word_embeddings=tied))
+    tokens = model.get_input_embeddings().weight.shape[0] + 2
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    shutil.copytree(tmp_path / "m", tmp_path / "more", ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(tmp_path / "more")
+    draw_weights(model.get_input_embeddings(), 1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "a")
+    assert tensors_of(tmp_path / "a")["base_model.model.lm_head.weight"].shape[0] == tokens
+    run_op(
+        Apply(model="m", adapters=["a"]), ctx := context(m=("model", tmp_path / "more"), a=("adapter", tmp_path / "a"))
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "more")
+    merged = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()
+    found, before = tensors_of(ctx.out), tensors_of(tmp_path / "more")
+    assert all(torch.equal(found[name], merged[name]) for name in before)
+    assert not torch.equal(found["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

@@ -143,7 +143,7 @@ def test_configs_that_are_refused(config, message, adapter_folder):
             {"x.lora_A.weight": A, "x.lora_B.weight": B, "x.lora_magnitude_vector": B},
             "x.lora_magnitude_vector' is no LoRA",
         ),
-        ({"x.lora_A.weight": A, "x.lora_B.weight": B, "lm_head.weight": B}, "lm_head.weight' is no LoRA factor"),
+        ({"x.lora_A.weight": A, "x.lora_B.weight": B, "norm.weight": B}, "norm.weight' is no LoRA factor"),
         ({"x.lora_A.weight": torch.ones(1, 2, 3, 3), "x.lora_B.weight": B}, "not convolutions"),
         ({"x.lora_A.weight": A, "x.lora_B.weight": B, "y.base_layer.weight": B}, "base's weights of y, but no LoRA"),
         ({"x.lora_A.weight": A, "x.lora_B.weight": B, "x.base_layer.weight": B}, r"F32 \[3, 1\], but its delta is"),
