@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MEASURES = 20  # times the leak is measured in a run, evenly spread
 WHOLE = "whole"  # the file that marks a checkpoint as complete
 FINISHED = "finished"  # what it says when no step was left
+HELD = {"left": "worst_left", "right": "worst_right", "core": "worst_core"}  # what a projection holds, if not both
 STATE = "state"  # the folder of checkpoints under ctx.out
 
 
@@ -252,8 +253,8 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
             _require_finite(state.global_step, logs)
             said = f"loss {float(logs['loss']):.3f}"
             measured = next((entry["leak"] for entry in reversed(state.log_history) if "leak" in entry), None)
-            if measured:
-                said += f", leak {measured['worst']:.1e}"
+            if measured and guard is not None:
+                said += f", leak {measured[HELD.get(guard.how, 'worst')]:.1e}"
             ctx.progress(state.global_step, state.max_steps, "step", said)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:

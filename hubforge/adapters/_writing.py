@@ -104,7 +104,7 @@ def write_reports(
         metrics["stopped_early"] = course.stopped_early
     if op.protect is not None:
         metrics["leak"] = {"projection": op.projection, "strength": op.strength, **summary(leaks)}
-        by_matrix = {name: {"left": one.left, "right": one.right} for name, one in leaks.items()}
+        by_matrix = {name: {"left": one.left, "right": one.right, "core": one.core} for name, one in leaks.items()}
         write_whole(
             ctx.out / "leak.json",
             _json({**metrics["leak"], "dtype": op.save_dtype, "by_matrix": by_matrix, "while_training": course.leaks}),
@@ -118,7 +118,10 @@ def _say(ctx: Context, leak: Mapping[str, Any]) -> None:
         ctx.note("no protected matrix has changed")
         return
     means = f"on average {leak['mean_left']:.1e} of ‖ΔW‖ lies in U and {leak['mean_right']:.1e} in V"
-    ctx.note(f"leak: {means}; at worst {leak['worst']:.1e}, in {leak['worst_matrix']}")
+    held = (
+        f"; {leak['mean_core']:.1e} in both, at worst {leak['worst_core']:.1e}" if leak["projection"] == "core" else ""
+    )
+    ctx.note(f"leak: {means}; at worst {leak['worst']:.1e}, in {leak['worst_matrix']}{held}")
 
 
 def _thinned(rows: list[dict[str, float]]) -> list[list[float]]:

@@ -37,6 +37,7 @@ class Lora(Op):
     """
 
     makes: ClassVar[Kind] = "adapter"
+    version: ClassVar[int] = 2
     pins: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "trl")
     exact: ClassVar[bool] = False  # Sums of float32 depend on the device and its number of threads.
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")

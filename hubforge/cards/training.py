@@ -105,4 +105,8 @@ def leak(value: object) -> str:
     left, right, worst = (short(value.get(name), 2) for name in ("mean_left", "mean_right", "worst"))
     if not (left and right and worst):
         return ""
-    return f"{left} into U and {right} into V on average, at worst {worst}, in {code(value.get('worst_matrix', ''))}"
+    said = f"{left} into U and {right} into V on average, at worst {worst}, in {code(value.get('worst_matrix', ''))}"
+    both, at_worst = (short(value.get(name), 2) for name in ("mean_core", "worst_core"))
+    if value.get("projection") == "core" and both and at_worst:
+        said += f"; what `core` holds out, Uᵀ·ΔW·V, is {both} of it, at worst {at_worst}"
+    return said

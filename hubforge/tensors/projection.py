@@ -68,10 +68,11 @@ def protect(delta: Tensor, subspace: Subspace, how: Projection = "two_sided", st
 
 @dataclass(frozen=True)
 class Leak:
-    """How much of a change lies in the subspace, in [0, 1] each: ‖UᵀΔW‖ / ‖ΔW‖ and ‖ΔWV‖ / ‖ΔW‖."""
+    """How much of a change lies in the subspace, in [0, 1] each: of ‖ΔW‖, ‖UᵀΔW‖, ‖ΔWV‖ and ‖UᵀΔWV‖."""
 
     left: float
     right: float
+    core: float  # at most the smaller of the two
 
     @property
     def worst(self) -> float:
@@ -82,7 +83,10 @@ def leak(delta: Tensor, subspace: Subspace) -> Leak | None:
     """The leak of a change (out, in), in float64; None when the change is zero, which has no direction."""
     wide, U, V = delta.double(), subspace.U.double(), subspace.V.double()
     size = float(wide.norm())
-    return Leak(float((U.T @ wide).norm()) / size, float((wide @ V).norm()) / size) if size else None
+    if not size:
+        return None
+    left, right = U.T @ wide, wide @ V
+    return Leak(*(float(part.norm()) / size for part in (left, right, left @ V)))
 
 
 def factored_leak(a: Tensor, b: Tensor, subspace: Subspace) -> Leak | None:
@@ -97,7 +101,8 @@ def factored_leak(a: Tensor, b: Tensor, subspace: Subspace) -> Leak | None:
     total = _root(inner_b, inner_a)
     if not total:
         return None
-    return Leak(_root(left.T @ left, inner_a) / total, _root(inner_b, right @ right.T) / total)
+    core = float((left @ right).norm())  # k × k at most: small enough to form
+    return Leak(_root(left.T @ left, inner_a) / total, _root(inner_b, right @ right.T) / total, core / total)
 
 
 def stored_leaks(base: Checkpoint, made: Checkpoint, mask: Subspaces) -> dict[str, Leak]:
@@ -126,14 +131,16 @@ def summary(leaks: Mapping[str, Leak]) -> dict[str, float | str | int]:
     if not leaks:
         return {}
     worst = max(leaks, key=lambda name: leaks[name].worst)
-    left, right = [one.left for one in leaks.values()], [one.right for one in leaks.values()]
+    left, right, core = ([getattr(one, part) for one in leaks.values()] for part in ("left", "right", "core"))
     return {
         "worst": leaks[worst].worst,
         "worst_matrix": worst,
         "worst_left": max(left),
         "worst_right": max(right),
+        "worst_core": max(core),
         "mean_left": sum(left) / len(left),
         "mean_right": sum(right) / len(right),
+        "mean_core": sum(core) / len(core),
         "matrices": len(leaks),
     }
 

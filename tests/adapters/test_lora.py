@@ -65,6 +65,15 @@ def test_the_published_hook_leaks_and_so_does_none(prepare):
     assert leaks["none"]["mean_left"] > leaks["published"]["mean_left"]
 
 
+def test_core_leaks_on_either_side_and_not_on_both(prepare):
+    said: list[Event] = []
+    metrics = lora(protect="core", projection="core", max_steps=20, target_modules=TWO).run(prepare(report=said.append))
+    assert metrics["leak"]["mean_left"] > 0.1 and metrics["leak"]["mean_right"] > 0.1
+    assert metrics["leak"]["worst_core"] < 2e-7
+    told = [event.what for event in said if isinstance(event, Progress) and "leak" in event.what]
+    assert all(float(what.rpartition(" ")[2]) < 2e-7 for what in told)  # It shows what the projection holds.
+
+
 def test_what_is_written(prepare):
     from peft import PeftModel
 

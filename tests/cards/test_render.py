@@ -309,3 +309,21 @@ def test_the_mask_snippet_runs_as_printed(
     exec(compile(snippet, "README.md", "exec"), {})
     assert asked == [("me/gemma-4-masks", "g4-e4b-it/importance.safetensors")]
     assert capsys.readouterr().out == "model.layers.0.mlp.up_proj.weight [4, 2]\n"
+
+
+def test_the_leak_of_core_is_told_where_core_holds():
+    from hubforge.cards.training import leak
+
+    value = {
+        "mean_left": 0.3,
+        "mean_right": 0.2,
+        "worst": 0.5,
+        "worst_matrix": "q",
+        "mean_core": 3e-8,
+        "worst_core": 4e-8,
+    }
+    said = leak({**value, "projection": "two_sided"})
+    assert said == "0.3 into U and 0.2 into V on average, at worst 0.5, in `q`"
+    assert leak({**value, "projection": "core"}) == (
+        f"{said}; what `core` holds out, Uᵀ·ΔW·V, is 3e−8 of it, at worst 4e−8"
+    )

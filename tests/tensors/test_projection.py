@@ -83,7 +83,9 @@ def test_removing_a_direction_by_hand():
 def test_leak_by_hand():
     one = Subspace(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]))
     found = leak(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), one)  # row 0 of norm 3, column 1 of norm 3, in all 5
-    assert found == Leak(pytest.approx(0.6), pytest.approx(0.6))
+    assert found == Leak(pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
+    other = Subspace(one.U, torch.tensor([[1.0], [0.0]]))  # row 0 and column 0 share an element that is zero
+    assert leak(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), other) == Leak(pytest.approx(0.6), pytest.approx(0.8), 0.0)
     assert leak(torch.zeros(2, 2), one) is None
 
 
@@ -92,6 +94,7 @@ def test_leak_of_factors_is_that_of_their_product(subspace):
     direct, factored = leak(b @ a, subspace), factored_leak(a, b, subspace)
     assert factored.left == pytest.approx(direct.left, rel=1e-6)
     assert factored.right == pytest.approx(direct.right, rel=1e-6)
+    assert factored.core == pytest.approx(direct.core, rel=1e-6)
 
 
 def test_leak_of_factors_tells_a_millionth_of_a_millionth_from_zero(subspace):
@@ -113,9 +116,10 @@ def test_leak_of_factors_that_are_zero_is_unknown(subspace):
 
 
 def test_summary_names_the_worst_matrix():
-    found = summary({"a": Leak(0.1, 0.2), "b": Leak(0.3, 0.0)})
+    found = summary({"a": Leak(0.1, 0.2, 0.1), "b": Leak(0.3, 0.0, 0.0)})
     assert found["worst"] == 0.3 and found["worst_matrix"] == "b" and found["matrices"] == 2
     assert found["mean_left"] == pytest.approx(0.2) and found["mean_right"] == pytest.approx(0.1)
+    assert (found["worst_core"], found["mean_core"]) == (0.1, pytest.approx(0.05))
     assert summary({}) == {}
 
 
