@@ -49,6 +49,25 @@ class Quiet(Reporter):
             sys.stderr.write(f"warning: {event.step}: {event}\n")
 
 
+class Pace:
+    """How long what is under way will still take, by how fast it has gone since it was first heard of."""
+
+    def __init__(self) -> None:
+        self.what: tuple[object, ...] = ()
+        self.since = self.done = 0.0
+
+    def left(self, event: Progress) -> str:
+        """ ", 12 min left"; "" while that is not known, or is said already."""
+        now, what = time.monotonic(), (event.step, event.unit, event.total)
+        if what != self.what or event.done < self.done:
+            # A run that was resumed begins far on: what was done before says nothing of now.
+            self.what, self.since, self.done = what, now, event.done
+        spent, more = now - self.since, event.done - self.done
+        if event.rate is not None or not event.total or event.done >= event.total or more <= 0 or spent < 5:
+            return ""
+        return f", {duration(spent / more * (event.total - event.done))} left"
+
+
 class Json(Reporter):
     """One JSON object a line: {"event": "Started", "step": ..., ...}."""
 
@@ -66,11 +85,12 @@ class Json(Reporter):
 
 
 class Plain(Reporter):
-    """Lines without colour; progress at most every ten seconds."""
+    """Lines without colour; progress, and what is left of it, at most every ten seconds."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
         self.last = time.monotonic()
+        self.pace = Pace()
 
     def line(self, text: str) -> None:
         self.stream.write(text + "\n")
@@ -91,9 +111,11 @@ class Plain(Reporter):
                 self.line(f"        {text}")
             case Warned():
                 self.line(f"        warning: {event}")
-            case Progress() if time.monotonic() - self.last > 10:
-                self.last = time.monotonic()
-                self.line(f"        {progress_text(event)}".rstrip())
+            case Progress():
+                left = self.pace.left(event)
+                if time.monotonic() - self.last > 10:
+                    self.last = time.monotonic()
+                    self.line(f"        {progress_text(event)}{left}".rstrip())
 
 
 class GitHub(Plain):
@@ -155,7 +177,7 @@ class Terminal(Reporter):
             transient=True,
         )
         self.task: TaskID | None = None
-        self.began = 0.0
+        self.pace = Pace()
         self.last = 0.0
 
     def __enter__(self) -> Terminal:
@@ -176,7 +198,6 @@ class Terminal(Reporter):
         match event:
             case Started(step, reason, number, count):
                 self.clear()
-                self.began = time.monotonic()
                 self.task = self.bars.add_task(f"{number}/{count} {step}", total=None, amount=escape(reason))
             case Cached(step):
                 self.console.print(f"[dim]= {step}  cached[/dim]")
@@ -192,16 +213,13 @@ class Terminal(Reporter):
             case Warned(step):
                 self.console.print(f"[yellow]![/yellow] {step}: {escape(str(event))}")
             case Progress(step, _, done, total):
+                left = self.pace.left(event)
                 if self.task is None:
-                    self.began = time.monotonic()
                     self.task = self.bars.add_task(step, total=None, amount="")
                 elif time.monotonic() - self.last < 0.1 and done != total:
                     return
                 self.last = time.monotonic()
-                eta = ""
-                if event.rate is None and total and 0 < done < total and (spent := time.monotonic() - self.began) > 5:
-                    eta = f", {duration(spent / done * (total - done))} left"
-                text = escape(f"{progress_text(event)}{eta}".strip())
+                text = escape(f"{progress_text(event)}{left}".strip())
                 self.bars.update(self.task, total=total, completed=done, amount=text)
 
 

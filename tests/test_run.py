@@ -9,7 +9,7 @@ import pytest
 from hubforge import plan as plans
 from hubforge import recipe
 from hubforge.errors import SourceError, StepError, StoreError
-from hubforge.events import Cached, Failed, Finished, Started
+from hubforge.events import Cached, Failed, Finished, Progress, Started
 from hubforge.op import Context
 from hubforge.publisher import Hub
 from hubforge.reporters import GitHub, Json, Plain
@@ -118,6 +118,20 @@ def test_warnings_name_the_recipes_line(tmp_path):
     assert said(Plain) == "warning: r.yaml:6: 9 samples are cut"
     assert said(GitHub) == "::warning file=r.yaml,line=6,title=masks.core::9 samples are cut"
     assert json.loads(said(Json))["where"] == "r.yaml:6"
+
+
+def test_what_is_left_is_told_in_a_pipe_and_not_of_what_was_done_before(monkeypatch):
+    """Resumed at 50 of 200: 10 more took 20 s, so the 140 that are left take 280."""
+    now = 1000.0
+    monkeypatch.setattr("hubforge.reporters.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    plain = Plain(stream)
+    for done, seconds in ((50, 0), (51, 2), (60, 18), (200, 400)):
+        now += seconds
+        plain(Progress("masks.importance", "loss 2.1", done, 200, "sample"))
+    assert [line.strip() for line in stream.getvalue().splitlines()] == [
+        "loss 2.1 60/200 sample, 4 min 40 s left", "loss 2.1 200/200 sample",
+    ]  # fmt: skip
 
 
 def test_a_file_that_shrank_in_the_store_is_noticed(run):
