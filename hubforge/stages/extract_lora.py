@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from hubforge.tensors.low_rank import reduce_matrix, summary, write_ranks
 from hubforge.tensors.names import Aliases, layer_of, natural_order
 from hubforge.tensors.quantised import open_model
 from hubforge.tensors.reader import Checkpoint, read_header
+from hubforge.tensors.rounding import is_finite
 from hubforge.tensors.writer import write_whole
 
 if TYPE_CHECKING:
@@ -92,6 +94,11 @@ class ExtractLora(Op):
                 mend = f"Is {self.model} trained from {self.base_model}, or a copy of it?"
                 raise StepError("the models do not differ in any targeted matrix", where=ctx.where, mend=mend)
             left = _left_out(tuned, base, theirs)
+            for name, norm in left.items():
+                if norm is not None and not math.isfinite(norm):
+                    own = Aliases(tuned, str(tuned.path)).find(name) or name
+                    if damaged := self._damaged(ctx, tuned, own, base, name):
+                        raise damaged
             total = covered + sum((norm or 0.0) ** 2 for norm in left.values())
             if left:
                 share = f"{1 - covered / total:.2%} of the energy of the whole difference"
@@ -147,8 +154,9 @@ class ExtractLora(Op):
                 try:
                     found = reduce_matrix(difference(tuned, theirs[name], base, name), limit, self.energy)
                 except StepError as error:
-                    mend = "One of the models is damaged: fetch it again."
-                    raise StepError(f"{name}: {error.what}", where=ctx.where, mend=mend) from error
+                    if damaged := self._damaged(ctx, tuned, theirs[name], base, name):
+                        raise damaged from error
+                    raise StepError(f"{name}: {error.what}", where=ctx.where, mend=error.mend) from error
                 if found.rank:
                     # Without `energy` all have one rank, which many programs that serve adapters ask for.
                     a, b = found.padded(found.rank if self.energy else limit)
@@ -158,6 +166,14 @@ class ExtractLora(Op):
                 write_whole(done, json.dumps(found.facts()).encode())  # Last: it says that both are there.
             facts[module] = json.loads(done.read_text(encoding="utf-8"))
         return facts
+
+    def _damaged(self, ctx: Context, tuned: Checkpoint, theirs: str, base: Checkpoint, name: str) -> StepError | None:
+        """The error that names the model whose tensor holds NaN or infinity."""
+        for ref, checkpoint, own in ((self.model, tuned, theirs), (self.base_model, base, name)):
+            if not is_finite(checkpoint.read(own).float()):
+                what = f"{own} of {ref} ({checkpoint.info(own).file}) holds NaN or infinity"
+                return StepError(what, where=ctx.where, mend="That model is damaged: make or fetch it again.")
+        return None
 
     def _write(self, ctx: Context, base: Checkpoint, facts: Mapping[str, Mapping[str, float]]) -> Metrics:
         numbered = [(number, module) for number, module in enumerate(facts) if facts[module]["rank"]]
@@ -215,7 +231,10 @@ def _left_out(tuned: Checkpoint, base: Checkpoint, covered: Mapping[str, str]) -
         energy, step = 0.0, max(1, _BLOCK * info.rows // max(info.elements, 1))
         for first in range(0, info.rows, step):
             last = min(info.rows, first + step)
-            change = tuned.read_rows(match, first, last).float() - base.read_rows(name, first, last).float()
+            one, two = tuned.read_rows(match, first, last).float(), base.read_rows(name, first, last).float()
+            change = one - two
+            if not is_finite(change):
+                change = change.masked_fill(one == two, 0.0)  # infinite bounds that both have
             energy += float(torch.linalg.vector_norm(change)) ** 2
         if energy:
             found[name] = energy**0.5

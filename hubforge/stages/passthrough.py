@@ -19,6 +19,7 @@ from hubforge.tensors.layout import GB, lay_out
 from hubforge.tensors.names import Aliases, canonical, layer_of
 from hubforge.tensors.quantised import Dequantised, open_model, quantised_by, without_quantisation
 from hubforge.tensors.reader import Checkpoint, TensorInfo
+from hubforge.tensors.rounding import is_finite, not_finite
 from hubforge.tensors.schedule import Schedule, depth_of, value_at
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
 from hubforge.tensors.vocabulary import is_table
@@ -241,8 +242,15 @@ class Source:
 
         if self.scale == 1 and self.dtype == self.info.dtype:
             return self.checkpoint.read_bytes(self.info.name, first, last)
-        rows = self.checkpoint.read_rows(self.info.name, first, last).float() * self.scale
-        return rows.to(dtypes.torch_dtype(self.dtype)).reshape(-1).view(torch.uint8)
+        values = self.checkpoint.read_rows(self.info.name, first, last).float()
+        rows = (values * self.scale).to(dtypes.torch_dtype(self.dtype))
+        if not_finite(rows.float(), values):
+            if not is_finite(values):
+                what = f"{self.info.name} ({self.info.file}) holds NaN or infinity"
+                raise StepError(what, mend="That model is damaged: make or fetch it again.")
+            what = f"{self.name} does not fit into {dtypes.torch_name(self.dtype)}: some values become infinite"
+            raise StepError(what, mend="Lower the scale, or set dtype: bfloat16 or float32.")
+        return rows.reshape(-1).view(torch.uint8)
 
 
 def layers_of(checkpoint: Checkpoint) -> dict[int, list[TensorInfo]]:

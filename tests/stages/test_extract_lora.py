@@ -171,10 +171,20 @@ def test_targets_that_are_no_linear_layers(name, pair, run_op):
         run_op(ExtractLora(model="tuned", base_model="base", rank=1, targets="embed|experts"), ctx)
 
 
-def test_nan_is_named(pair, run_op):
-    ctx = pair({f"{Q}.weight": torch.full((2, 2), math.nan)})
-    with pytest.raises(StepError, match=r"q_proj\.weight: the difference is not finite"):
+@pytest.mark.parametrize("name", [f"{Q}.weight", "model.norm.weight"], ids=["a matrix", "what is left out"])
+def test_nan_is_named_with_its_model(name, pair, run_op):
+    ctx = pair({f"{Q}.weight": torch.ones(2, 2)} | {name: torch.full((2, 2), math.nan)})
+    with pytest.raises(StepError, match=rf"{name} of tuned \(.*/tuned_folder/model.safetensors\) holds NaN"):
         run_op(ExtractLora(model="tuned", base_model="base", rank=1), ctx)
+
+
+def test_infinite_bounds_that_both_have_are_no_difference(pair, run_op):
+    bounds = {"model.layers.0.clip": torch.tensor([-math.inf, math.inf])}
+    ctx = pair({f"{Q}.weight": torch.ones(2, 2)} | bounds)
+    base = ctx.inputs["base"].path / "model.safetensors"
+    save_file(load_file(base) | bounds, base)
+    metrics = run_op(ExtractLora(model="tuned", base_model="base", rank=1), ctx)
+    assert metrics["energy"]["covered"] == 1 and metrics["energy"]["left_out"] == []
 
 
 def test_rank_or_energy_must_be_given():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hubforge.errors import StepError
 from hubforge.lab.tiny import tiny_llama as make_llama
@@ -168,3 +169,24 @@ def test_a_head_for_other_tokens_gets_the_way_out(checkpoint_folder, context, ru
     run_op(TaskArithmetic(model="b", models=["a"], weights=[0], tokenizer="a"), ctx)
     run_op(stack(("a", (0, 1), {}), ("same", (0, 1), {})), stacked := context("stacked", a=a, same=("model", ctx.out)))
     assert tensors_of(stacked.out)["lm_head.weight"].tolist() == [[4, 5], [2, 3]]  # b's rows of x and y
+
+
+@pytest.mark.parametrize(
+    ("value", "fields", "message"),
+    [
+        (
+            float("nan"),
+            {"scale": 0.5},
+            r"layers.1.mlp.down_proj.weight \(.*/a/model.safetensors\) holds NaN or infinity",
+        ),
+        (1e30, {"dtype": "float16"}, "layers.1.mlp.down_proj.weight does not fit into float16"),
+    ],
+    ids=["nan", "overflow"],
+)
+def test_what_is_computed_is_finite(value, fields, message, tower, context, run_op):
+    path = tower("a", 0)
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"model.layers.1.mlp.down_proj.weight": torch.tensor([value])}, path / "model.safetensors")
+    scale = {"scale": fields.pop("scale", 1)}
+    with pytest.raises(StepError, match=message):
+        run_op(stack(("a", (0, 2), scale), **fields), context(a=("model", path)))
