@@ -21,6 +21,7 @@ from hubforge.tensors import dtypes
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.quantised import config_beside
 from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, read_json
+from hubforge.tensors.rounding import is_finite
 from hubforge.tensors.vocabulary import is_table
 
 if TYPE_CHECKING:
@@ -269,10 +270,15 @@ class Adapter:
         transposed = embedding or self.config.fan_in_fan_out
         return LoraModule(module, a, b, self.config.scaling_of(module), transposed, embedding)
 
-    def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """(A, B) of a module, float32, not scaled."""
+    def factors(self, module: str, *, nan: bool = False) -> tuple[Tensor, Tensor]:
+        """(A, B) of a module, float32, not scaled; SourceError where they are not finite, unless `nan` is allowed."""
         found = self.modules[module]
-        return self.checkpoint.read(found.a.name).float(), self.checkpoint.read(found.b.name).float()
+        a, b = (self.checkpoint.read(info.name).float() for info in (found.a, found.b))
+        for info, factor in ((found.a, a), (found.b, b)):
+            if not nan and not is_finite(factor):
+                mend = "The adapter is damaged: make or fetch it again."
+                raise SourceError(f"{info.name} holds NaN or infinity", where=self.where, mend=mend)
+        return a, b
 
     def on(self, base: Checkpoint) -> dict[str, LoraModule]:
         """The module that changes each tensor of `base`, by the base's tensor name.

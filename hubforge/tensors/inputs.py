@@ -85,7 +85,7 @@ class Deltas:
 
     def _product(self, name: str, first: int, last: int) -> Tensor:
         module, key = self.modules[name], (id(self.adapter), self.modules[name].name)
-        a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name))
+        a, b = self.desk.factors(key, lambda: self.adapter.factors(module.name, nan=True))  # `nan` is the op's
         change = delta(module, a, b, first, last)
         if module.magnitude is not None:
             magnitude = self.adapter.checkpoint.read(module.magnitude.name).float().reshape(-1).to(change.device)

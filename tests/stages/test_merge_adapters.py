@@ -359,10 +359,14 @@ def test_what_is_no_plain_lora_is_sent_to_apply(more, named, tiny_llama, tmp_pat
         run_op(MergeAdapters(adapters=["a"]), context(a=("adapter", folder)))
 
 
-def test_a_damaged_adapter_is_named(adapter_folder, context, run_op):
-    folder = adapter_folder("a", {"l.0.q": (torch.full((1, 2), torch.inf), torch.ones(3, 1))})
-    with pytest.raises(StepError, match=r"toy\.yaml:7: l\.0\.q: the factors hold NaN or infinity"):
-        run_op(MergeAdapters(adapters=["a"]), context(a=("adapter", folder)))
+@pytest.mark.parametrize("way", ["svd", "ties", "ties_svd", "cat"])
+def test_a_damaged_adapter_is_named(way, adapter_folder, context, run_op):
+    sound = adapter_folder("sound", {"l.0.q": (torch.ones(1, 2), torch.ones(3, 1))})
+    broken = adapter_folder("broken", {"l.0.q": (torch.full((1, 2), torch.inf), torch.ones(3, 1))})
+    ctx = context(a=("adapter", sound), b=("adapter", broken))
+    message = r"/broken/adapter_model.safetensors: base_model.model.l.0.q.lora_A.weight holds NaN or infinity"
+    with pytest.raises(SourceError, match=message):
+        run_op(MergeAdapters(adapters=["a", "b"], **fields(way)), ctx)
 
 
 @pytest.mark.parametrize(
