@@ -111,7 +111,8 @@ def sentence(value: object) -> str:
     line = prose(value)
     if not line:
         return ""
-    line = line[0].upper() + line[1:] if not line[:2].isupper() and line[0] != "`" else line
+    symbol = line[1:2] == ","  # "k, directions kept": a symbol of the formula keeps its case.
+    line = line[0].upper() + line[1:] if not (line[:2].isupper() or line[0] == "`" or symbol) else line
     return line if line.endswith((".", "!", "?", ":")) else line + "."
 
 

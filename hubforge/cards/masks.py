@@ -172,7 +172,9 @@ def describe(step: StepRecord, file: File) -> str:
         return "which tensor is in which file"
     if name.endswith(".safetensors") and step.op == "fisher":
         return "for each weight tensor, under its name in the checkpoint, the importance of each weight"
-    if name.endswith(".safetensors") and step.op == "subspace":
+    if name == "fisher.pt":
+        return "the same tensors as a dictionary, for `torch.load(..., weights_only=True)`"
+    if name.endswith(".safetensors") and step.op in ("subspace", "random_subspace"):
         return (
             "for each matrix `W`: `W.U` (out × rank), `W.S` (rank), `W.V` (in × rank), under its name in the checkpoint"
         )

@@ -29,6 +29,7 @@ class Usage:
     gguf_file: str
     gguf_type: str
     mask_file: str
+    mask_folder: str
 
 
 def usage(lineage: Lineage) -> Usage:
@@ -46,6 +47,7 @@ def usage(lineage: Lineage) -> Usage:
         gguf_file=in_repository(lineage, file) if file else "",
         gguf_type=quant_type(quant) if quant else "",
         mask_file=lineage.place(mask.path) if mask else "",
+        mask_folder=lineage.folder,
     )
 
 

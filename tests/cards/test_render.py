@@ -327,3 +327,10 @@ def test_the_leak_of_core_is_told_where_core_holds():
     assert leak({**value, "projection": "core"}) == (
         f"{said}; what `core` holds out, Uᵀ·ΔW·V, is 3e−8 of it, at worst 4e−8"
     )
+
+
+def test_a_meaning_begins_with_a_capital_unless_it_begins_with_a_symbol():
+    from hubforge.cards.making import sentence
+
+    assert sentence("which rows are taken") == "Which rows are taken."
+    assert sentence("k, directions kept per matrix.") == "k, directions kept per matrix."
