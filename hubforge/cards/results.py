@@ -24,13 +24,14 @@ class EvalView:
     op: str
     summary: str
     settings: tuple[str, ...]  # "`num_fewshot=0`"
+    asked: str  # "200 prompts, 4 samples each", where that is one for all metrics; else a column of the rows
     on: str  # the entry that is measured: what this page publishes
     baseline: str
     rows: tuple[Row, ...]  # the published entry's metrics
     conditions: tuple[Row, ...]  # what the eval recorded of how it was run
     others: tuple[Row, ...]  # the same eval on whatever else was measured; one row per entry
     meanings: tuple[tuple[str, str], ...]  # metric -> sentence, both Markdown
-    methods: tuple[str, ...]  # how the intervals of the differences were computed
+    methods: tuple[tuple[str, str], ...]  # metrics, as Markdown -> how the intervals of their differences were computed
     compared: bool
     any_significant: bool
 
@@ -133,26 +134,27 @@ def _view(lineage: Lineage, name: str, on: str) -> EvalView:
     step = eval_step(lineage, name, on)
     baselines = _unique(metric.baseline for metric in metrics if metric.baseline)
     baseline = baselines[0] if len(baselines) == 1 else ""
-    samples = any(metric.samples > 1 for metric in metrics)
-    rows = tuple(_row(metric, baseline, samples) for metric in metrics)
+    asked = asked_of(metrics)
+    rows = tuple(_row(metric, baseline) | ({} if asked else _asked(metric, metrics)) for metric in metrics)
     return EvalView(
         name=name,
         op=step.op if step else "",
         summary=step.summary if step else "",
         settings=settings_of(step) if step else (),
+        asked=asked,
         on=on,
         baseline=baseline,
         rows=rows,
         conditions=tuple(conditions_of(step)) if step else (),
         others=_others(lineage, name, on, metrics),
         meanings=meanings_of(metrics),
-        methods=tuple(_unique(metric.method for metric in metrics if metric.method)),
+        methods=methods_of(metrics),
         compared=any(difference(metric) is not None for metric in metrics),
         any_significant=any(metric.significant for metric in metrics),
     )
 
 
-def _row(metric: MetricRecord, baseline: str, samples: bool) -> Row:
+def _row(metric: MetricRecord, baseline: str) -> Row:
     digits = places(metric)
     against = f"{fixed(metric.baseline_value, digits)}"
     if against and not baseline and metric.baseline:
@@ -163,8 +165,12 @@ def _row(metric: MetricRecord, baseline: str, samples: bool) -> Row:
         "95 % interval": show_interval(metric.low, metric.high, digits),
         f"Baseline {code(baseline)}" if baseline else "Baseline": against,
         "Difference": show_difference(metric),
-        "Prompts × samples" if samples else "Prompts": show_n(metric),
     }
+
+
+def _asked(metric: MetricRecord, metrics: Sequence[MetricRecord]) -> Row:
+    samples = any(other.samples > 1 for other in metrics)
+    return {"Prompts × samples" if samples else "Prompts": show_n(metric)}
 
 
 def _others(lineage: Lineage, name: str, on: str, metrics: Sequence[MetricRecord]) -> tuple[Row, ...]:
@@ -211,6 +217,20 @@ def meanings_of(metrics: Sequence[MetricRecord]) -> tuple[tuple[str, str], ...]:
         if words:
             found.setdefault(code(metric.metric), " ".join(words))
     return tuple(found.items())
+
+
+def asked_of(metrics: Sequence[MetricRecord]) -> str:
+    """ "541 prompts", or "10 prompts, 4 samples each", when all metrics are of as many; else ""."""
+    if len({(metric.n, metric.samples) for metric in metrics}) != 1 or metrics[0].n <= 0:
+        return ""
+    prompts = f"{count(metrics[0].n)} prompt{'s' if metrics[0].n > 1 else ''}"
+    return f"{prompts}, {metrics[0].samples} samples each" if metrics[0].samples > 1 else prompts
+
+
+def methods_of(metrics: Sequence[MetricRecord]) -> tuple[tuple[str, str], ...]:
+    """Which metrics' differences have an interval by which method."""
+    methods = _unique(metric.method for metric in metrics if metric.method)
+    return tuple((", ".join(code(m.metric) for m in metrics if m.method == method), method) for method in methods)
 
 
 def settings_of(step: StepRecord) -> tuple[str, ...]:

@@ -25,8 +25,8 @@ _SPEECH = re.compile(
 )
 # metric -> (unit, higher is better, what it means)
 METRICS: dict[str, tuple[str, bool | None, str]] = {
-    "slop": ("per 1k tokens", False, "Over-used words and phrases of language models, per 1000 words of text."),
-    "rep3g": ("per 1k tokens", False, "Three-word sequences that come back in the same text, per 1000 words of text."),
+    "slop": ("per 1k words", False, "Over-used words and phrases of language models, per 1000 words of text."),
+    "rep3g": ("per 1k words", False, "Three-word sequences that come back in the same text, per 1000 words of text."),
     "dialogue_frac": ("share", None, "Share of lines with a quotation and a word such as 'said' near it."),
     "word_count": ("words", None, "Length of a text."),
 }

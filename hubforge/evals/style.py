@@ -44,6 +44,7 @@ class Style(Op):
     """
 
     makes: ClassVar[Kind] = "metrics"
+    version: ClassVar[int] = 2  # Units are per 1,000 words, as they were counted; "tokens" said otherwise.
     exact: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     extra: ClassVar[str] = "evals"

@@ -9,8 +9,8 @@ import pytest
 from hubforge.cards.lineage import Lineage
 from hubforge.cards.making import step_views
 from hubforge.cards.numbers import big_count, count, decimals, duration, fixed, plain, share, short, size
-from hubforge.cards.results import eval_views, gate_rows, show_difference, verdict
-from hubforge.release import MetricRecord, Release
+from hubforge.cards.results import asked_of, eval_views, gate_rows, methods_of, show_difference, verdict
+from hubforge.release import MetricRecord, Release, TargetRecord
 
 
 def metric(**more: Any) -> MetricRecord:
@@ -50,11 +50,24 @@ def test_rows_of_the_rich_release(rich_release: Release) -> None:
         "95 % interval": "0.779–0.844",
         "Baseline `instruct`": "0.824",
         "Difference": "↓ −0.011 (−0.032 to +0.010), not significant",
-        "Prompts": "541",
     }
-    assert style.rows[0]["Prompts × samples"] == "10 × 4"
+    assert (ifeval.asked, style.asked) == ("541 prompts", "10 prompts, 4 samples each")
     assert [row["Measured on"] for row in ifeval.others] == ["**`healed`**", "`instruct`", "`styled`", "`gguf/Q6_K`"]
     assert style.others == ()
+
+
+def test_prompts_are_a_column_where_metrics_differ_in_them() -> None:
+    metrics = [metric(metric="a", n=541), metric(metric="b", n=128)]
+    assert asked_of(metrics) == "" and asked_of(metrics[:1]) == "541 prompts"
+    target = TargetRecord(name="t", kind="model", repo="me/x", entries=("m",))
+    release = Release(hubforge="1", name="x", recipe_file="x", recipe="x", metrics=metrics, targets=[target])
+    (view,) = eval_views(Lineage(release, target))
+    assert [row["Prompts"] for row in view.rows] == ["541", "128"]
+
+
+def test_each_method_names_its_metrics() -> None:
+    metrics = [metric(metric=name, method=method) for name, method in (("a", "t"), ("b", "Newcombe"), ("c", "t"))]
+    assert methods_of(metrics) == (("`a`, `c`", "t"), ("`b`", "Newcombe"))
 
 
 def test_gates_are_shown_where_they_belong(rich_release: Release) -> None:
