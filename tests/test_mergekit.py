@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 import yaml
@@ -329,14 +330,12 @@ merge_method: ties
 {MODELS}]
 parameters: {{rescale: true, colour: blue}}
 tokenizer_source: union
-chat_template: chatml
 dtype: float64
 """
     losses = imported(text, tmp_path)[2]
     assert [loss.partition(":")[0] for loss in losses] == [
         "dtype float64",
         "parameter colour",
-        "chat_template chatml",
     ]
 
 
@@ -345,6 +344,29 @@ def test_a_chat_template_is_carried_over(template, tmp_path):
     text = f"merge_method: ties\n{MODELS}]\nchat_template: {json.dumps(template)}\n"
     _, stages, losses = imported(text, tmp_path)
     assert stages["merged"]["chat_template"] == template and losses == []
+
+
+NAMED = {  # what mergekit's own texts give of `TALK`
+    "alpaca": "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes?\n\n### Instruction:\nBye### Response:\n",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\nYes?"
+    "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+    "exaone": "    [|system|]Be brief.\n        [|endofturn|]\n\n    [|user|]Hi \n        \n\n    [|assistant|]Yes?\n"
+    "        [|endofturn|]\n\n    [|user|]Bye\n        \n\n    [|assistant|]\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>\n<|start_header_id|>user"
+    "<|end_header_id|>\n\nHi<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>\n"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s> [INST] Be brief.\n\nHi  [/INST] Yes?</s> [INST] Bye [/INST]",
+}
+TALK = [("system", "Be brief."), ("user", "Hi "), ("assistant", "Yes?"), ("user", "Bye")]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_chat_template_that_mergekit_has_by_name(name, tmp_path):
+    _, stages, losses = imported(f"merge_method: ties\n{MODELS}]\nchat_template: {name}\n", tmp_path)
+    assert losses == []
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(stages["merged"]["chat_template"])
+    talk = [{"role": role, "content": content} for role, content in TALK]
+    assert template.render(messages=talk, add_generation_prompt=True, bos_token="<s>", eos_token="</s>") == NAMED[name]
 
 
 def test_a_chat_template_of_stacked_layers(tmp_path):

@@ -18,6 +18,7 @@ import yaml
 from hubforge import marks
 from hubforge.errors import RecipeError
 from hubforge.mergekit.fields import SHARED, Data, Losses, Merge, path_of
+from hubforge.mergekit.templates import TEMPLATES
 
 _KEYS = {
     *(
@@ -33,7 +34,6 @@ _KEYS = {
     ),
     *("chat_template", "parameters", "name", "out_path"),
 }
-_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # of which mergekit has a text of its own
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
@@ -142,15 +142,13 @@ class _Import:
         template = document.get("chat_template")
         if not template:
             return {}
-        if template in _TEMPLATES:
-            mend = "write the text you want as `chat_template`, or `auto`"
-            self.losses.tell(f"chat_template {template}: a text of mergekit's, which is not in hubforge; {mend}")
-            return {}
+        if template in TEMPLATES:
+            return {"chat_template": TEMPLATES[template].strip()}
         if template == "auto":
             if any(part["model"] in self.stages for part in fields.get("slices", ())):
                 self.losses.tell("chat_template auto: a slice that merges counts once, with its first model's template")
         elif len(template) < 20 or "{" not in template:
-            known = ", ".join(("auto", *_TEMPLATES))
+            known = ", ".join(("auto", *TEMPLATES))
             raise self.refuse(f"chat_template is {template!r}", mend=f"It is a template's text, or one of: {known}.")
         return {"chat_template": template}
 
