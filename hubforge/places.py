@@ -57,7 +57,8 @@ def open_hub(to: str | None) -> Iterator[Hub]:
     elif re.match(r"^https?://", to):
         # A token of huggingface.co is nobody else's business: another Hub gets one only when it is named for it. What a
         # CI job proves itself with is made out to one address, and may go there.
-        token = os.environ.get("HUBFORGE_HUB_TOKEN")
-        yield Hub(to.rstrip("/"), token, credentials=job_credentials(to, has_token=bool(token)))
+        variable = "HUBFORGE_HUB_TOKEN"
+        token = os.environ.get(variable) or None
+        yield Hub(to.rstrip("/"), token, credentials=job_credentials(to, has_token=bool(token)), variable=variable)
     else:
         raise HubforgeError(f"--to is {to!r}", mend="Give `local`, or an address such as http://127.0.0.1:8000.")

@@ -60,6 +60,16 @@ class Hub:
     patience: float = 1800.0  # seconds of waiting in all, for a Hub that limits or fails
     name: str = ""  # what this Hub is known by on this machine, where its address changes
     credentials: Credentials | None = field(default=None, repr=False)  # used in place of `token` to publish
+    variable: str = "HF_TOKEN"  # of the environment, that the token is taken from
+
+    def sign_in(self) -> str:
+        """How to give it a token: a sentence for the user."""
+        if self.variable == "HF_TOKEN":
+            return f"Run `hf auth login`, or set HF_TOKEN to a token from {self.endpoint}/settings/tokens."
+        return (
+            f"Set {self.variable} to a token of that Hub, which is not sent the one of huggingface.co. An embedded Hub "
+            "that has no list of tokens takes any, such as `local`."
+        )
 
     def secrets(self) -> tuple[str, ...]:
         """Every secret known of this Hub, so that it can be taken out of what is printed or written."""

@@ -45,7 +45,7 @@ def check_access(hub: Hub, repos: Iterable[str], collections: Mapping[str, str] 
         raise PublishError(
             "there is no token to publish with",
             where=hub.endpoint,
-            mend=f"Run `hf auth login`, or set HF_TOKEN; a token is made at {hub.endpoint}/settings/tokens.",
+            mend=hub.sign_in(),
         )
     with Remote(hub, "") as remote:
         me = remote.whoami()

@@ -127,10 +127,10 @@ def _from_answer(error: BaseException, hub: Hub, repo: str, doing: str, where: s
     tail = f" ({shown(said, 300)})" if said else ""
     wait: float | None = None
     if status == 401 and not hub.secrets():
-        what, mend = "there is no token", f"Run `hf auth login`, or set HF_TOKEN to a token from {tokens}."
+        what, mend = "there is no token", hub.sign_in()
     elif status == 401:
         what = "the Hub does not accept the token: it is unknown, expired or revoked"
-        mend = f"Make a token with the role 'write' at {tokens}, then `hf auth login`."
+        mend = f"Make a token with the role 'write'. {hub.sign_in()}"
     elif status == 403:
         what = f"the token may not {doing}"
         scope = _SHOWN_SCOPE.format(namespace=namespace)

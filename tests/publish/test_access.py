@@ -10,6 +10,7 @@ import pytest
 from hubforge.errors import PublishError
 from hubforge.events import silent
 from hubforge.hub import HubSettings, LocalHub, Scope, Token
+from hubforge.places import open_hub
 from hubforge.publish.hub import check_access, may_publish, push, sends_token_in_clear
 from hubforge.publisher import Hub
 from tests.fixtures_publish import TOKEN, MakeUpload, Requests
@@ -83,6 +84,18 @@ def test_no_token_and_a_wrong_token_are_told_apart(hub: Hub) -> None:
         check_access(Hub(hub.endpoint, None), ["me/a"])
     with pytest.raises(PublishError, match="does not accept the token"):
         check_access(Hub(hub.endpoint, "hf_wrong"), ["me/a"])
+
+
+def test_a_hub_at_another_address_names_the_variable_of_its_own_token(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HUBFORGE_HUB_TOKEN", raising=False)
+    with open_hub(hub.endpoint) as other, pytest.raises(PublishError, match="Set HUBFORGE_HUB_TOKEN to a token of"):
+        check_access(other, ["me/a"])
+    monkeypatch.setenv("HUBFORGE_HUB_TOKEN", "hf_wrong")
+    with open_hub(hub.endpoint) as other, pytest.raises(PublishError) as caught:
+        check_access(other, ["me/a"])
+    assert "does not accept the token" in str(caught.value) and "Set HUBFORGE_HUB_TOKEN" in str(caught.value)
 
 
 @pytest.mark.parametrize(
