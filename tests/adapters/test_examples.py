@@ -57,6 +57,29 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         learnt(tokenizer, {"messages": CHAT})
 
 
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        ("llama3_chat_template", "{}<|eot_id|>"),
+        ("qwen2_5_chat_template", "{}<|im_end|>"),
+        (
+            "qwen3_chat_template",
+            "<think>\n\n</think>\n\n{}<|im_end|>\n",
+        ),  # It rewrites earlier turns: TRL's form of it.
+        ("gemma3_chat_template", "{}<end_of_turn>"),
+        ("gemma4_chat_template", "{}<turn|>"),
+    ],
+)
+def test_the_templates_of_published_models(tokenizer, template, turn):
+    """As TRL keeps them, the texts of the models' own repositories."""
+    import trl.chat_template_utils as published
+
+    tokenizer.chat_template = getattr(published, template)
+    said, text = learnt(tokenizer, {"messages": CHAT})
+    assert said == turn.format("The keeper.") + turn.format("To the harbour.")
+    assert "Who walked?" in text and "Be brief." in text
+
+
 def test_a_pair_through_the_template_is_a_chat_of_two_turns(tokenizer):
     said, text = learnt(tokenizer, {"instruction": "Name it.", "input": "A boat", "output": "The Gull."})
     assert said == "The Gull.<|eot_id|>"
