@@ -63,7 +63,7 @@ class Passthrough(Op):
     What stands before the layers comes from the first slice's model, as do config and tokenizer; what stands behind
     them from the last one's. Bytes are copied unless a scale or `dtype` says otherwise, or they are 8-bit floats, which
     become plain ones. The config's number of layers is set, and its lists that have one entry for each layer follow
-    the slices.
+    the slices. (mergekit's `scale` without a filter is also of what stands around the layers.)
     """
 
     makes: ClassVar[Kind] = "model"

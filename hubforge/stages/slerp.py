@@ -41,7 +41,8 @@ class Slerp(Models):
 
     The angle is taken by atan2, in float64, from the difference of the two: it stays exact for models that are nearly
     the same, where an arccosine loses it. A tensor that is zero in one model, or whose angle is 0 or π, has no arc;
-    it goes along the straight line instead. With `scope: whole` one angle, that of the models as single vectors of all
+    it goes along the straight line instead. (mergekit does so wherever the cosine exceeds 0.9995, which is where most
+    fine-tunes of one model are.) With `scope: whole` one angle, that of the models as single vectors of all
     their merged tensors, is taken for every tensor.
     """
 
