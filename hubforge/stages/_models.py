@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,7 +11,7 @@ from hubforge.errors import StepError
 from hubforge.op import Context, ModelRef, Place, TensorOp
 from hubforge.tensors.inputs import tensor_shapes
 from hubforge.tensors.names import layer_of
-from hubforge.tensors.schedule import PerModel, Schedule, depth_of, fits, value_at, values_of
+from hubforge.tensors.schedule import DEFAULT, PerModel, Schedule, depth_of, fits, value_at, values_of
 from hubforge.tensors.vocabulary import RowOf, Wanted
 
 FOR_EACH = "one for all models, or a list of one for each"
@@ -99,8 +99,15 @@ class Models(TensorOp):
         return included and not any(fits(pattern, name) for pattern in self.exclude)
 
     def prepare(self, ctx: Context) -> int:
-        """The number of layers, over which gradients spread."""
+        """The number of layers, over which gradients spread. Patterns that fit nothing are told of."""
         names = tensor_shapes(ctx, self.base_ref)
+        if self.include is not None and not any(map(self.selects, names)):
+            mend = f"A pattern fits whole parts of a name, such as {next(iter(names), 'none')}."
+            raise StepError(f"include and exclude leave no tensor of {self.base_ref} to merge", mend=mend)
+        for field in type(self).model_fields:
+            for pattern in patterns_of(getattr(self, field), alone=field in ("include", "exclude")):
+                if not any(fits(pattern, name) for name in names):
+                    ctx.warn(f"{field}: {pattern!r} fits no tensor of {self.base_ref}")
         return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=0)
 
     def value(self, schedule: Any, at: Place) -> float:
@@ -153,6 +160,15 @@ class FromBase(Merge):
 def from_base(base: ModelRef | None, models: Sequence[ModelRef]) -> tuple[ModelRef, ...]:
     """The models of a merge, its base, if it has one, before the others."""
     return tuple(dict.fromkeys([base, *models] if base is not None else models))
+
+
+def patterns_of(value: Any, *, alone: bool = False) -> Iterator[str]:
+    """The patterns in a field: keys of schedules, also of those in a list; or the entries of a list of them `alone`."""
+    if isinstance(value, Mapping) and all(isinstance(each, (int, float, list)) for each in value.values()):
+        yield from (pattern for pattern in value if pattern != DEFAULT)
+    elif isinstance(value, list):
+        for each in value:
+            yield from [each] if alone else patterns_of(each)
 
 
 def require_within(name: str, schedule: Any, low: float, high: float, what: str) -> None:

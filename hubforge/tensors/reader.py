@@ -81,6 +81,7 @@ def parse_json(data: bytes, path: Path) -> Any:
 
 
 _FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
+_FETCH_ALL = "Index and shards are of two checkpoints, or damaged: fetch the whole repository again."
 
 
 def _quote(name: str) -> str:
@@ -330,9 +331,10 @@ def _open_sharded(folder: Path, index: Path) -> Checkpoint:
         for name, info in read_header(folder / shard).items():
             if name in tensors:
                 what = f"tensor {_quote(name)} is in {tensors[name].file.name} and again in {shard}"
-                raise SourceError(what, where=str(index))
+                raise SourceError(what, where=str(index), mend=_FETCH_ALL)
             if name not in weight_map:
-                raise SourceError(f"{shard} holds tensor {_quote(name)}, which is not listed", where=str(index))
+                what = f"{shard} holds tensor {_quote(name)}, which is not listed"
+                raise SourceError(what, where=str(index), mend=_FETCH_ALL)
             tensors[name] = info
     _check_all_listed(weight_map, tensors, index)
     return Checkpoint(folder, tensors)
@@ -342,12 +344,12 @@ def _check_all_listed(weight_map: Mapping[str, str], tensors: Mapping[str, Tenso
     """SourceError unless each tensor is in the shard that the index says, and each shard of the set is in the index."""
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise SourceError(f"tensor {_quote(name)} is not in {shard}", where=str(index), mend=_FETCH_AGAIN)
+            raise SourceError(f"tensor {_quote(name)} is not in {shard}", where=str(index), mend=_FETCH_ALL)
     named = set(weight_map.values())
     sets = {re.sub(r"\d+(-of-\d+\.)", r"*\1", shard) for shard in named if "-of-" in shard}
     for file in sorted(file.name for pattern in sets for file in index.parent.glob(pattern)):
         if file not in named:
-            raise SourceError(f"lists nothing of {file}", where=str(index), mend=_FETCH_AGAIN)
+            raise SourceError(f"lists nothing of {file}", where=str(index), mend=_FETCH_ALL)
 
 
 def _open_pickled(path: Path, files: list[Path]) -> Checkpoint:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hubforge.errors import StepError
+from hubforge.events import Warned
 from hubforge.stages.task_arithmetic import TaskArithmetic
 from hubforge.stages.ties import Ties
 from hubforge.stages.ties_models import TiesModels
@@ -90,6 +91,24 @@ def test_schedules_include_and_exclude(checkpoint_folder, context, run_op, tenso
     run_op(TiesModels(base_model="m", models=["a"], density=1, include=["layers.1.*"]), ctx)
     found = {name: int(tensor.count_nonzero()) for name, tensor in tensors_of(ctx.out).items()}
     assert [found[name] for name in names] == [0, 0, 4, 4, 0, 0]
+
+
+def test_patterns_that_fit_nothing_are_told(checkpoint_folder, context, run_op):
+    said, folder = [], checkpoint_folder("m", {"model.layers.0.mlp.up_proj.weight": torch.zeros(1, 4)})
+    ctx = context(m=("model", folder), a=("model", folder), report=said.append)
+    fields = {
+        "density": {"mpl.*": 0.3, "up_proj": 0.4, "default": 0.2},
+        "weights": [{"mlp": 1, "k_proj": 2, "default": 1}],
+    }
+    run_op(TiesModels(base_model="m", models=["a"], exclude=["layers.7", "up_proj.bias"], **fields), ctx)
+    assert [event.text for event in said if isinstance(event, Warned)] == [
+        "exclude: 'layers.7' fits no tensor of m",
+        "exclude: 'up_proj.bias' fits no tensor of m",
+        "weights: 'k_proj' fits no tensor of m",
+        "density: 'mpl.*' fits no tensor of m",
+    ]
+    with pytest.raises(StepError, match="include and exclude leave no tensor of m to merge"):
+        run_op(TiesModels(base_model="m", models=["a"], include=["mpl.*"]), ctx)
 
 
 def test_a_merged_model_loads(tiny_llama, tiny_llama_other, context, run_op):

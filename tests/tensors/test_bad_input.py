@@ -85,7 +85,7 @@ def test_damaged_checkpoints(damage, message, pair, run_op):
     damage(ctx.inputs["o"].path)
     with pytest.raises(SourceError, match=message) as caught:
         run_op(MEAN, ctx)
-    assert caught.value.exit_code == 4
+    assert caught.value.exit_code == 4 and "fetch" in caught.value.mend.lower()
     assert not list(ctx.out.iterdir())  # Nothing was begun.
 
 
