@@ -190,7 +190,11 @@ def resolve_sources(recipe: Recipe, store: LocalStore, lock: dict[str, Any] | No
         raise errors[0]
     if errors:
         first = errors[0]
-        lines = [str(error) for error in errors]
+        lines = [
+            # What mends the next one too is said there, not with each of them.
+            str(HubforgeError(error.what, where=error.where, mend="" if error.mend == after else error.mend))
+            for error, after in zip(errors, [*(error.mend for error in errors[1:]), ""], strict=True)
+        ]
         raise type(first)("\n".join(lines))
     return found
 

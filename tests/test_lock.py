@@ -64,6 +64,14 @@ def test_lock_pins_commit_files_and_licence(session, local_hub):
     assert [change.split(":")[0] for change in changes] == ["base", "words"]
 
 
+def test_what_mends_all_is_said_once(session):
+    with pytest.raises(LockError) as caught:
+        session.plan(None)
+    first, second, mend = str(caught.value).splitlines()
+    assert first.endswith("r.yaml:4: there is no lock yet") and second.endswith("r.yaml:5: there is no lock yet")
+    assert mend.startswith("  `hubforge lock ")
+
+
 def test_a_second_lock_changes_nothing(session):
     session.lock()
     assert session.lock()[1] == []
