@@ -171,6 +171,10 @@ class Lora(Op):
             raise ValueError("projection: core splits the rank in two, so rank must be at least 2")
         if self.strength != 1 and self.projection != "scale":
             raise ValueError(f"strength is for `projection: scale`, not {self.projection}")
+        if self.protect is None and "projection" in self.model_fields_set:
+            raise ValueError(f"projection: {self.projection} without `protect`: name the subspace mask to stay out of")
+        if self.importance is None and "importance_floor" in self.model_fields_set:
+            raise ValueError("importance_floor without `importance`: name the mask whose layers it is about")
         if self.early_stopping_patience is not None and not self.eval_share:
             raise ValueError("early_stopping_patience needs rows to measure on: set eval_share, such as 0.05")
         return self

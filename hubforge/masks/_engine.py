@@ -266,6 +266,7 @@ class Run:
         facts, tensors = found
         tensors.close()
         if facts.get("identity") != self.identity:
+            self._say_begun_anew(str(facts.get("identity")))
             return None
         for first, last in self.plan.groups[: facts["group"]]:
             if any(first <= (layer_of(name) or 0) < last and name not in self._finished for name in self.weights):
@@ -304,6 +305,20 @@ class Run:
 
         weight = self.weights[name]
         return torch.device(self.device) if weight.is_meta else weight.device
+
+    def _say_begun_anew(self, other: str) -> None:
+        """Why what was saved is of no use: with other memory free, `auto` may choose otherwise than it did."""
+        try:
+            engine, batch, groups, *rest = json.loads(other)
+        except ValueError:
+            return
+        if rest != json.loads(self.identity)[3:]:
+            return  # Of other samples or targets: no setting would take it up.
+        many = f", {len(groups)} groups" if groups else ""
+        self.note(
+            f"begun anew: what was saved is of another plan (engine: {engine}, batch_size: {batch}{many}), as free "
+            "memory decides; `engine` and `batch_size` keep to one"
+        )
 
     def _say_resumed(self, done: int, group: int = 0) -> None:
         where = f" of group {group + 1} of {len(self.plan.groups)}" if self.plan.groups else ""

@@ -98,7 +98,10 @@ class Fisher(Op):
         "gradients underflow). Ranks of the Fisher agree to .9999 between bfloat16 and float32.",
     )
     seed: int = Field(0, ge=0, description="Draws the samples and, where they are sampled, the labels.")
-    pt: bool = Field(False, description="Write fisher.pt too, the same tensors as torch.save keeps a dictionary.")
+    pt: bool = Field(
+        False,
+        description="Write fisher.pt too, the same tensors as torch.save keeps a dictionary; all are in memory then.",
+    )
     batch_size: int | None = Field(
         None,
         ge=1,

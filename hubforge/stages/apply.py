@@ -97,6 +97,10 @@ class Apply(TensorOp):
             raise ValueError("`normalize: none` takes a gate as it is: put the layers into it with `combine`")
         if self.strength != 1 and self.projection != "scale":
             raise ValueError(f"strength is for `projection: scale`, not {self.projection}")
+        if self.protect is None and "projection" in self.model_fields_set:
+            raise ValueError(f"projection: {self.projection} without `protect`: name the subspace mask to stay out of")
+        if self.importance is None and "normalize" in self.model_fields_set:
+            raise ValueError(f"normalize: {self.normalize} without `importance`: name the mask that is to damp")
         return self
 
     def misfit(self, field: str, form: str) -> str:

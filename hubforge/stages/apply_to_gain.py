@@ -77,7 +77,8 @@ class ApplyToGain(Op):
 
     def _apply(self, scale: float, **more: Any) -> Apply:
         fields = ("model", "adapters", "importance", "protect", "projection")
-        return Apply(**{name: getattr(self, name) for name in fields}, scale=scale, **more)
+        given = {name: getattr(self, name) for name in fields if name in self.model_fields_set}
+        return Apply(**given, scale=scale, **more)
 
     def misfit(self, field: str, form: str) -> str:
         if form == "gate" and field == "importance":

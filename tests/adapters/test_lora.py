@@ -434,7 +434,9 @@ def test_several_processes_are_refused_with_the_reason(prepare, monkeypatch, var
 REFUSED = [
     ({"use_dora": True}, "DoRA rescales each column"),
     ({"modules_to_save": ["lm_head"]}, "would train lm_head whole"),
-    ({"projection": "core", "rank": 1}, "rank must be at least 2"),
+    ({"projection": "core", "protect": "core", "rank": 1}, "rank must be at least 2"),
+    ({"projection": "left"}, "projection: left without `protect`: name the subspace mask"),
+    ({"importance_floor": 0.1}, "importance_floor without `importance`"),
     ({"strength": 0.5}, "strength is for `projection: scale`"),
     ({"early_stopping_patience": 2}, "set eval_share"),
 ]

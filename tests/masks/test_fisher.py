@@ -169,6 +169,21 @@ def test_a_state_of_other_targets_is_not_taken(
     assert op(targets="self_attn").run(context(tmp_path / "out", tiny_llama))["samples"] == 4
 
 
+def test_a_state_of_another_plan_is_not_taken_and_that_is_said(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when other memory is free the second time; set by hand here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_engine, "SAVE_EVERY", 0.0)
+        patch.setattr(Run, "_hand_over", lambda *_: killed())
+        with pytest.raises(Killed):
+            op(batch_size=2).run(context(tmp_path / "out", tiny_llama))
+    seen: list[Event] = []
+    op(batch_size=4).run(context(tmp_path / "out", tiny_llama, report=seen.append))
+    (said,) = [event.text for event in seen if isinstance(event, Note) and event.text.startswith("begun anew")]
+    assert "of another plan (engine: device, batch_size: 2)" in said
+
+
 def losses(model: object, example: Example, number: int = 0, **how: object) -> torch.Tensor:
     return Losses(**how).of(model, Batch((example,), (number,)), "cpu")[0]  # type: ignore
 

@@ -11,6 +11,7 @@ from hubforge.errors import StepError
 from hubforge.lab.tiny import tiny_lora
 from hubforge.op import Artifact, Context
 from hubforge.stages.apply import Apply
+from hubforge.stages.apply_to_gain import ApplyToGain
 from hubforge.stages.ties import Ties
 from hubforge.tensors.engine import run_tensor_op
 from hubforge.tensors.projection import Subspaces, leak, remove, stored_leaks, summary
@@ -126,3 +127,19 @@ def test_a_mask_without_any_tensor_of_the_model_is_refused(tmp_path, tiny_llama,
     op = Apply.model_validate({"model": "it", "adapters": ["a"], "importance": "f", "layer_damping": False})
     with pytest.raises(StepError, match="f has no tensor of it"):
         op.preflight(Context("stages.x", tmp_path, inputs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"projection": "two_sided"}, "projection: two_sided without `protect`"),
+        ({"normalize": "rank"}, "normalize: rank without `importance`"),
+    ],
+)
+def test_how_to_use_a_mask_that_is_not_named_is_refused(fields, message):
+    """Else the change would go in unprotected, by a slip of one line."""
+    with pytest.raises(ValueError, match=message):
+        Apply.model_validate({"model": "it", "adapters": ["a"]} | fields)
+    if "projection" in fields:
+        with pytest.raises(ValueError, match=message):
+            ApplyToGain.model_validate({"model": "it", "adapters": ["a"], "data": "rows", "gain": 0.1} | fields)
