@@ -7,13 +7,14 @@ storage lies in the file: rows are then read from there, as from safetensors. Ol
 from __future__ import annotations
 
 import contextlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubforge.errors import SourceError
 from hubforge.tensors import dtypes
-from hubforge.tensors.reader import Checkpoint, TensorInfo
+from hubforge.tensors.reader import FETCH_AGAIN, FETCH_ALL, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,19 +27,21 @@ class PickledCheckpoint(Checkpoint):
 
     _held: dict[str, Tensor]  # tensors of old files
     _strides: dict[str, tuple[int, ...]]  # of tensors whose elements do not follow one another in the file
+    tied: frozenset[str]  # heads that are the embeddings once more, and so no tensors of their own
 
     @classmethod
     def open(cls, path: Path, files: list[Path]) -> PickledCheckpoint:
         tensors: dict[str, TensorInfo] = {}
         held: dict[str, Tensor] = {}
         strides: dict[str, tuple[int, ...]] = {}
+        tied: set[str] = set()
         for file in files:
             state, in_file = _load(file)
             places = set()
             for name, tensor in state.items():
                 if name in tensors:
                     what = f"tensor {name!r} is in {tensors[name].file.name} and again in {file.name}"
-                    raise SourceError(what, where=str(path))
+                    raise SourceError(what, where=str(path), mend=FETCH_ALL)
                 try:
                     dtype = dtypes.from_torch(tensor.dtype)
                 except KeyError:
@@ -46,7 +49,8 @@ class PickledCheckpoint(Checkpoint):
                 start = _start(tensor) if in_file else 0
                 place = (start if in_file else tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
                 if name.endswith(_TIED) and place in places:
-                    continue  # As safetensors: a head tied to the embeddings is not kept twice.
+                    tied.add(name)  # As safetensors: a head tied to the embeddings is not kept twice.
+                    continue
                 places.add(place)
                 size = tensor.numel() * tensor.element_size()
                 tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape), file, start, start + size)
@@ -55,7 +59,7 @@ class PickledCheckpoint(Checkpoint):
                 elif not tensor.is_contiguous():
                     strides[name] = tensor.stride()
         checkpoint = cls(path, tensors)
-        checkpoint._held, checkpoint._strides = held, strides
+        checkpoint._held, checkpoint._strides, checkpoint.tied = held, strides, frozenset(tied)
         return checkpoint
 
     def read_bytes(self, name: str, first: int, last: int) -> Tensor:
@@ -100,12 +104,14 @@ def _load(file: Path) -> tuple[Mapping[str, Tensor], bool]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mend = "Save it as safetensors: only plain tensors are read from a pickle."
+    with file.open("rb") as head:
+        in_file = head.read(2) == b"PK"
     try:
-        with file.open("rb") as head:
-            in_file = head.read(2) == b"PK"
         with FakeTensorMode() if in_file else contextlib.nullcontext():
             state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here, from UnpicklingError to RuntimeError
+        if in_file and not zipfile.is_zipfile(file):  # The table of a zip file is at its end.
+            raise SourceError("is cut short: its end is missing", where=str(file), mend=FETCH_AGAIN) from error
         first_line = str(error).strip().split("\n", 1)[0][:200]
         raise SourceError(f"cannot be loaded with weights_only: {first_line}", where=str(file), mend=mend) from error
     if not isinstance(state, dict) or not all(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hubforge.tensors.desk import Desk
+    from hubforge.tensors.pickled import PickledCheckpoint
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _READ = 1 << 30  # bytes asked of the kernel at once; Linux returns at most 2 GiB
@@ -77,11 +78,11 @@ def parse_json(data: bytes, path: Path) -> Any:
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"not valid JSON ({error})", where=str(path), mend=_FETCH_AGAIN) from error
+        raise SourceError(f"not valid JSON ({error})", where=str(path), mend=FETCH_AGAIN) from error
 
 
-_FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
-_FETCH_ALL = "Index and shards are of two checkpoints, or damaged: fetch the whole repository again."
+FETCH_AGAIN = "The file is damaged or incomplete: fetch it again."
+FETCH_ALL = "Index and shards are of two checkpoints, or damaged: fetch the whole repository again."
 
 
 def _quote(name: str) -> str:
@@ -102,18 +103,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise SourceError(f"{size} bytes, too short for a safetensors file", where=where, mend=_FETCH_AGAIN)
+                raise SourceError(f"{size} bytes, too short for a safetensors file", where=where, mend=FETCH_AGAIN)
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER:
-                raise SourceError(f"header of {length} bytes, more than {MAX_HEADER}", where=where, mend=_FETCH_AGAIN)
+                raise SourceError(f"header of {length} bytes, more than {MAX_HEADER}", where=where, mend=FETCH_AGAIN)
             if 8 + length > size:
                 what = f"header of {length} bytes, but the file has {size}"
-                raise SourceError(what, where=where, mend=_FETCH_AGAIN)
+                raise SourceError(what, where=where, mend=FETCH_AGAIN)
             header = file.read(length)
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", where=where) from error
     if len(header) < length or not header.startswith(b"{"):
-        raise SourceError("the header is not a JSON object", where=where, mend=_FETCH_AGAIN)
+        raise SourceError("the header is not a JSON object", where=where, mend=FETCH_AGAIN)
     entries = parse_json(header, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -126,18 +127,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             kind = (
                 "overlaps the tensor before it" if tensor.start < end else f"leaves {tensor.start - end} bytes unused"
             )
-            raise SourceError(f"tensor {_quote(tensor.name)} {kind}", where=where, mend=_FETCH_AGAIN)
+            raise SourceError(f"tensor {_quote(tensor.name)} {kind}", where=where, mend=FETCH_AGAIN)
         end = tensor.end
     if end != size:
         what = f"the tensors end at byte {end}, but the file has {size}"
         last = f" (the last is {_quote(tensors[-1].name)})" if tensors else ""
-        raise SourceError(what + last, where=where, mend=_FETCH_AGAIN)
+        raise SourceError(what + last, where=where, mend=FETCH_AGAIN)
     return {tensor.name: tensor for tensor in tensors}
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     def bad(what: str) -> SourceError:
-        return SourceError(f"tensor {_quote(name)}: {what}", where=str(path), mend=_FETCH_AGAIN)
+        return SourceError(f"tensor {_quote(name)}: {what}", where=str(path), mend=FETCH_AGAIN)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad("needs dtype, shape and data_offsets, and nothing else")
@@ -163,7 +164,7 @@ def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError("has no weight_map", where=str(path), mend=_FETCH_AGAIN)
+        raise SourceError("has no weight_map", where=str(path), mend=FETCH_AGAIN)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain(shard, suffix):
             what = f"tensor {_quote(name)} is said to be in {_quote(str(shard))}, which is no {suffix} file name"
@@ -266,7 +267,7 @@ class Checkpoint:
                 raise SourceError(what, where=str(info.file)) from error
             if got == 0:
                 what = f"tensor {_quote(info.name)} ends {len(buffer) - done} bytes early"
-                raise SourceError(what, where=str(info.file), mend=_FETCH_AGAIN)
+                raise SourceError(what, where=str(info.file), mend=FETCH_AGAIN)
             done += got
 
     def _descriptor(self, file: Path) -> int:
@@ -316,7 +317,7 @@ def open_checkpoint(path: Path, stem: str = "model") -> Checkpoint:
     if index.is_file():
         weight_map = read_index(index, ".bin")
         found = _open_pickled(path, [path / shard for shard in sorted(set(weight_map.values()))])
-        _check_all_listed(weight_map, found.tensors, index)
+        _check_all_listed({n: shard for n, shard in weight_map.items() if n not in found.tied}, found.tensors, index)
         return found
     pickles = sorted(path.glob("*.pt"))
     if len(pickles) == 1:
@@ -331,28 +332,29 @@ def _open_sharded(folder: Path, index: Path) -> Checkpoint:
         for name, info in read_header(folder / shard).items():
             if name in tensors:
                 what = f"tensor {_quote(name)} is in {tensors[name].file.name} and again in {shard}"
-                raise SourceError(what, where=str(index), mend=_FETCH_ALL)
-            if name not in weight_map:
-                what = f"{shard} holds tensor {_quote(name)}, which is not listed"
-                raise SourceError(what, where=str(index), mend=_FETCH_ALL)
+                raise SourceError(what, where=str(index), mend=FETCH_ALL)
             tensors[name] = info
     _check_all_listed(weight_map, tensors, index)
     return Checkpoint(folder, tensors)
 
 
 def _check_all_listed(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], index: Path) -> None:
-    """SourceError unless each tensor is in the shard that the index says, and each shard of the set is in the index."""
+    """SourceError unless each tensor is in the shard that the index says, and each tensor and shard is in the index."""
+    for name, info in tensors.items():
+        if name not in weight_map:
+            what = f"{info.file.name} holds tensor {_quote(name)}, which is not listed"
+            raise SourceError(what, where=str(index), mend=FETCH_ALL)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise SourceError(f"tensor {_quote(name)} is not in {shard}", where=str(index), mend=_FETCH_ALL)
+            raise SourceError(f"tensor {_quote(name)} is not in {shard}", where=str(index), mend=FETCH_ALL)
     named = set(weight_map.values())
     sets = {re.sub(r"\d+(-of-\d+\.)", r"*\1", shard) for shard in named if "-of-" in shard}
     for file in sorted(file.name for pattern in sets for file in index.parent.glob(pattern)):
         if file not in named:
-            raise SourceError(f"lists nothing of {file}", where=str(index), mend=_FETCH_ALL)
+            raise SourceError(f"lists nothing of {file}", where=str(index), mend=FETCH_ALL)
 
 
-def _open_pickled(path: Path, files: list[Path]) -> Checkpoint:
+def _open_pickled(path: Path, files: list[Path]) -> PickledCheckpoint:
     from hubforge.tensors.pickled import PickledCheckpoint
 
     return PickledCheckpoint.open(path, files)

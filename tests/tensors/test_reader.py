@@ -188,11 +188,29 @@ def test_pickled_shards_are_those_of_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map | {"c": weight_map["a"]}}))
     with pytest.raises(SourceError, match=r"tensor 'c' is not in pytorch_model-00001-of-00002.bin"):
         open_checkpoint(tmp_path)
+    torch.save({"a": torch.ones(2), "d": torch.ones(2)}, tmp_path / weight_map["a"])
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(SourceError, match=r"pytorch_model-00001-of-00002.bin holds tensor 'd', which is not listed"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_pickle_cut_short_is_to_be_fetched_again(tmp_path):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "pytorch_model.bin")
+    with (tmp_path / "pytorch_model.bin").open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(SourceError, match=r"pytorch_model.bin: is cut short.*\n.*fetch it again"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_head_that_shares_the_memory_of_the_embeddings_is_one_tensor(tmp_path):
     embeddings = torch.ones(3, 2)
     torch.save({"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}, tmp_path / "pytorch_model.bin")
+    with open_checkpoint(tmp_path) as found:
+        assert list(found) == ["model.embed_tokens.weight"]
+    shard = "pytorch_model-00001-of-00001.bin"
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / shard)
+    weight_map = {"model.embed_tokens.weight": shard, "lm_head.weight": shard}  # as Transformers listed both
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with open_checkpoint(tmp_path) as found:
         assert list(found) == ["model.embed_tokens.weight"]
 
