@@ -350,8 +350,13 @@ class Lora(Op):
         if self.importance is None:
             return {}
         mask = ctx.artifact(self.importance)
-        file = "layers.json" if (mask.path / "layers.json").is_file() else "layer_importance.json"
-        return rates(mask.read_json(file), modules, self.importance_floor, ctx.where)
+        folder = mask.path.parent if mask.path.is_file() else mask.path
+        there = [name for name in ("layers.json", "layer_importance.json") if (folder / name).is_file()]
+        if not there:
+            what = f"{self.importance} has no layer_importance.json, which says how much each layer matters"
+            mend = "Make its layers with `op: layers`, and name those."
+            raise StepError(what, where=ctx.where, mend=mend)
+        return rates(mask.read_json(there[0]), modules, self.importance_floor, ctx.where)
 
     def _base(self, ctx: Context) -> tuple[str, str | None]:
         """What the adapter says of its base: repository and commit, or the recipe's name for it; never a path."""

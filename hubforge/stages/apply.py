@@ -165,9 +165,11 @@ class Apply(TensorOp):
         if not self.damps_layers():
             return {}
         importance = ctx.artifact(self.importance)
-        if importance.path.is_file() and not importance.path.with_name("layer_importance.json").is_file():
-            what = f"{self.importance} is one file, and what each layer matters stands in layer_importance.json"
-            raise StepError(what, where=ctx.where, mend="Set `layer_damping: false`, or give the mask's folder.")
+        folder = importance.path.parent if importance.path.is_file() else importance.path
+        if not (folder / "layer_importance.json").is_file():
+            what = f"{self.importance} has no layer_importance.json, which says how much each layer matters"
+            mend = "Set `layer_damping: false`, or damp by a gate: `op: combine` of it and of its `op: layers`."
+            raise StepError(what, where=ctx.where, mend=mend)
         return layer_importance(importance.read_json("layer_importance.json"), ctx.where)
 
     def review(self, ctx: Context) -> Metrics:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -409,10 +408,19 @@ def test_preflight_finds_a_missing_column_and_a_tower(prepare, tiny_gemma4_multi
 
 def test_preflight_finds_layers_of_another_model(prepare, tmp_path):
     (tmp_path / "layers.json").write_text('{"layers": {"0": {"sum": 1.0, "importance": 0.0}}}')
-    ctx = prepare()
-    ctx = replace(ctx, inputs={**ctx.inputs, "depth": Artifact("depth", "mask", "d", tmp_path)})
+    ctx = prepare(depth=Artifact("depth", "mask", "d", tmp_path))
     with pytest.raises(StepError, match=r"r\.yaml:9: the importance mask has nothing for layer 1 \(model\.layers\.1"):
         lora(importance="depth").preflight(ctx)
+
+
+def test_preflight_finds_a_mask_that_says_nothing_of_layers(prepare, tmp_path):
+    (tmp_path / "fisher.pt").touch()
+    for path in (tmp_path, tmp_path / "fisher.pt"):
+        ctx = prepare(depth=Artifact("depth", "mask", "d", path))
+        with pytest.raises(
+            StepError, match=r"r\.yaml:9: depth has no layer_importance.*\n  Make its layers with `op: lay"
+        ):
+            lora(importance="depth").preflight(ctx)
 
 
 LAUNCHED = [

@@ -462,14 +462,14 @@ def test_the_preflight_finds_targets_that_match_nothing(tiny_llama: Path, tmp_pa
         op(targets="q_porj").preflight(context(tmp_path / "out", tiny_llama))
 
 
-def test_a_merge_that_damps_layers_needs_more_than_one_file(tmp_path: Path) -> None:
+def test_a_merge_that_damps_layers_needs_more_than_the_tensors(tmp_path: Path) -> None:
     from hubforge.stages.apply import Apply
 
     torch.save({"model.layers.0.mlp.up_proj.weight": torch.rand(3, 2)}, tmp_path / "fisher.pt")
     inputs = {"old": Artifact("old", "mask", "k", tmp_path / "fisher.pt")}
     ctx = Context("stages.styled", tmp_path, inputs, where="r.yaml:9")
     fields = {"model": "base", "adapters": ["style"], "importance": "old"}
-    with pytest.raises(StepError, match=r"r.yaml:9: old is one file.*\n  Set `layer_damping: false`"):
+    with pytest.raises(StepError, match=r"r.yaml:9: old has no layer_importance.*\n  Set `layer_damping: false`"):
         Apply.model_validate(fields).prepare(ctx)
     assert Apply.model_validate({**fields, "layer_damping": False}).prepare(ctx).layers == {}
 
