@@ -73,7 +73,7 @@ def source_record(runner: Runner, name: str) -> SourceRecord:
 def step_record(plan: Plan, step: Step) -> StepRecord:
     fused = step.status == "fused"
     manifest = plan.store.manifest(plan.steps[step.fused_into[0]].key if fused else step.key)
-    op = type(step.op)
+    op, fields = type(step.op), step.material["fields"]
     return StepRecord(
         name=step.name,
         section=step.node.section,
@@ -84,7 +84,7 @@ def step_record(plan: Plan, step: Step) -> StepRecord:
         formula=op.formula,
         method_source=op.source,
         # As this recipe speaks of them: the manifest may be of another recipe with other names for the same keys.
-        fields=dict(step.material["fields"]),
+        fields={name: fields[name] for name in catalog.field_names(op) if name in fields},
         meanings={name: field.description for name, field in op.model_fields.items() if field.description},
         key=step.key,
         inputs=dict(step.node.inputs),

@@ -84,3 +84,9 @@ def everything() -> list[Entry]:
 def summary(op: type[Op]) -> str:
     """The first paragraph of an op's docstring: what it makes."""
     return " ".join((op.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def field_names(op: type[Op]) -> tuple[str, ...]:
+    """Its own fields first, then those that every op of its kind has: the order for people."""
+    own = [name for name in op.model_fields if name in vars(op).get("__annotations__", {})]
+    return (*own, *(name for name in op.model_fields if name not in own))

@@ -30,9 +30,7 @@ def describe(entry: catalog.Entry) -> dict[str, Any]:
     required = set(schema.get("required", ()))
     fields = []
     properties = schema.get("properties", {})
-    # An op's own fields first, then those that every op of its kind has.
-    own = [name for name in properties if name in vars(op).get("__annotations__", {})]
-    for name in (*own, *(name for name in properties if name not in own)):
+    for name in catalog.field_names(op):
         field = properties[name]
         fields.append(
             {

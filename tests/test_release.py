@@ -76,6 +76,8 @@ def test_a_run_gives_metrics_with_intervals_and_cards(session):
     assert merged.n == 10
     card = outcome.cards["weights"].read_text()
     assert "# Tiny" in card and "word_count" in card and "style.word_count >= 0" in card
+    made = card.partition("(`apply`)")[2]  # Its own fields stand before those that every merge has.
+    assert 0 < made.index("| `adapters` |") < made.index("| `rounding` |")
 
 
 def test_a_failed_gate_says_by_how_much_and_stops(session):

@@ -85,7 +85,7 @@ class Apply(TensorOp):
         description="With P = UUᵀ and Q = VVᵀ of the mask: two_sided (I − P)Δ(I − Q); left (I − P)Δ; right Δ(I − Q); "
         "core Δ − PΔQ; scale (I − sP)Δ(I − sQ), s = `strength`; published Δ − PΔ − ΔQ, which is no projection.",
     )
-    strength: float = Field(1.0, gt=0, le=1, description="s of `projection: scale`.")
+    strength: float = Field(1.0, gt=0, le=1, description="The s of `projection: scale`.")
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Apply:
