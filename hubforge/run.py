@@ -26,6 +26,7 @@ from hubforge.plan import Plan, Step, op_name
 from hubforge.publisher import Hub
 from hubforge.sources import package_versions
 from hubforge.store import LocalStore, Manifest, digests, disk_errors
+from hubforge.tensors.projection import worst_held
 
 # A process that ends has no use for a walk over all of torch's objects: .4 s.
 atexit.register(gc.freeze)
@@ -193,7 +194,10 @@ class Runner:
             shown = list(values.items())[:3]
             return ", ".join(f"{name} {value['value']:.3g}" for name, value in shown if "value" in value)
         size = sum(file.size for file in manifest.files)
-        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        said = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        leak = manifest.metrics.get("leak")
+        worst = worst_held(leak, leak.get("projection")) if isinstance(leak, dict) else None
+        return said if worst is None else f"{said}, leak at worst {worst:.1e}"
 
 
 def execute(op: Op, ctx: Context) -> Metrics | None:

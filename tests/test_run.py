@@ -15,6 +15,7 @@ from hubforge.publisher import Hub
 from hubforge.reporters import GitHub, Json, Plain
 from hubforge.run import Runner
 from hubforge.store import LocalStore
+from tests.fixtures_core import Shout
 
 TEXT = """\
 name: r
@@ -132,6 +133,14 @@ def test_what_is_left_is_told_in_a_pipe_and_not_of_what_was_done_before(monkeypa
     assert [line.strip() for line in stream.getvalue().splitlines()] == [
         "loss 2.1 60/200 sample, 4 min 40 s left", "loss 2.1 200/200 sample",
     ]  # fmt: skip
+
+
+def test_a_step_that_names_a_subspace_ends_with_its_leak(run, monkeypatch):
+    leak = {"projection": "core", "worst": 0.4, "worst_core": 3e-8}
+    shout = Shout.run
+    monkeypatch.setattr(Shout, "run", lambda self, ctx: shout(self, ctx) | {"leak": leak})
+    _, events = run()
+    assert next(event.summary for event in events if isinstance(event, Finished)) == "0.0 kB, leak at worst 3.0e-08"
 
 
 def test_a_file_that_shrank_in_the_store_is_noticed(run):

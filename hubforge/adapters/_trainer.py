@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hubforge.adapters._examples import Examples, tokens_of
 from hubforge.adapters._processes import is_one_of_several, rank_here
 from hubforge.errors import StepError
-from hubforge.tensors.projection import summary
+from hubforge.tensors.projection import summary, worst_held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MEASURES = 20  # times the leak is measured in a run, evenly spread
 WHOLE = "whole"  # the file that marks a checkpoint as complete
 FINISHED = "finished"  # what it says when no step was left
-HELD = {"left": "worst_left", "right": "worst_right", "core": "worst_core"}  # what a projection holds, if not both
 STATE = "state"  # the folder of checkpoints under ctx.out
 
 
@@ -254,7 +253,7 @@ def make_callback(ctx: Context, guard: Guard | None) -> Any:
             said = f"loss {float(logs['loss']):.3f}"
             measured = next((entry["leak"] for entry in reversed(state.log_history) if "leak" in entry), None)
             if measured and guard is not None:
-                said += f", leak {measured[HELD.get(guard.how, 'worst')]:.1e}"
+                said += f", leak {worst_held(measured, guard.how):.1e}"
             ctx.progress(state.global_step, state.max_steps, "step", said)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:

@@ -145,6 +145,12 @@ def summary(leaks: Mapping[str, Leak]) -> dict[str, float | str | int]:
     }
 
 
+def worst_held(leak: Mapping[str, object], how: object) -> float | None:
+    """The worst leak, of a `summary`, into what a projection holds out; None when nothing has changed."""
+    worst = leak.get({"left": "worst_left", "right": "worst_right", "core": "worst_core"}.get(str(how), "worst"))
+    return worst if isinstance(worst, float) else None
+
+
 class Subspaces:
     """The subspaces in a mask, by the tensor names of a model that may spell their prefixes otherwise.
 

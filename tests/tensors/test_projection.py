@@ -19,6 +19,7 @@ from hubforge.tensors.projection import (
     remove,
     stored_leaks,
     summary,
+    worst_held,
 )
 from hubforge.tensors.reader import open_checkpoint
 
@@ -121,6 +122,9 @@ def test_summary_names_the_worst_matrix():
     assert found["mean_left"] == pytest.approx(0.2) and found["mean_right"] == pytest.approx(0.1)
     assert (found["worst_core"], found["mean_core"]) == (0.1, pytest.approx(0.05))
     assert summary({}) == {}
+    held = {how: worst_held(found, how) for how in ("two_sided", "left", "right", "core")}
+    assert held == {"two_sided": 0.3, "left": 0.3, "right": 0.2, "core": 0.1}
+    assert worst_held({}, "left") is None
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"
