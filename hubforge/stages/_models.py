@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -99,16 +99,12 @@ class Models(TensorOp):
         return included and not any(fits(pattern, name) for pattern in self.exclude)
 
     def prepare(self, ctx: Context) -> int:
-        """The number of layers, over which gradients spread. Patterns that fit nothing are told of."""
+        """The number of layers, over which gradients spread."""
         names = tensor_shapes(ctx, self.base_ref)
         if self.include is not None and not any(map(self.selects, names)):
             mend = f"A pattern fits whole parts of a name, such as {next(iter(names), 'none')}."
             raise StepError(f"include and exclude leave no tensor of {self.base_ref} to merge", mend=mend)
-        for field in type(self).model_fields:
-            for pattern in patterns_of(getattr(self, field), alone=field in ("include", "exclude")):
-                if not any(fits(pattern, name) for name in names):
-                    ctx.warn(f"{field}: {pattern!r} fits no tensor of {self.base_ref}")
-        return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=0)
+        return layers_in(names, self, ctx)
 
     def value(self, schedule: Any, at: Place) -> float:
         """A parameter's value for the tensor at hand."""
@@ -160,6 +156,16 @@ class FromBase(Merge):
 def from_base(base: ModelRef | None, models: Sequence[ModelRef]) -> tuple[ModelRef, ...]:
     """The models of a merge, its base, if it has one, before the others."""
     return tuple(dict.fromkeys([base, *models] if base is not None else models))
+
+
+def layers_in(names: Iterable[str], op: TensorOp, ctx: Context) -> int:
+    """The number of layers of a model with such tensors. Patterns of the op that fit none of them are told of."""
+    names = list(names)
+    for field in type(op).model_fields:
+        for pattern in patterns_of(getattr(op, field), alone=field in ("include", "exclude")):
+            if not any(fits(pattern, name) for name in names):
+                ctx.warn(f"{field}: {pattern!r} fits no tensor of {op.base_ref}")
+    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=0)
 
 
 def patterns_of(value: Any, *, alone: bool = False) -> Iterator[str]:

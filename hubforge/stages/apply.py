@@ -12,11 +12,15 @@ from pydantic import Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, TensorOp
+from hubforge.stages._models import layers_in
 from hubforge.tensors.adapter import open_adapter
 from hubforge.tensors.gate import Normalize, needs_all, normalized, require_range, require_some
+from hubforge.tensors.inputs import tensor_shapes
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
+from hubforge.tensors.quantised import open_model
 from hubforge.tensors.reader import open_checkpoint
+from hubforge.tensors.schedule import Schedule, depth_of, value_at, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +36,7 @@ class Known:
     layers: Mapping[int, float]
     mask: Subspaces | None = None
     bound: Mapping[str, str] = field(default_factory=dict)
+    depth: int = 1  # the number of layers
 
 
 class Apply(TensorOp):
@@ -55,10 +60,10 @@ class Apply(TensorOp):
     adapters: list[AdapterRef] = Field(
         min_length=1, description="Adapters whose deltas are added up; for their mean, `average` them first."
     )
-    weights: list[float] | None = Field(
+    weights: list[Schedule] | None = Field(
         None, description="One factor per adapter, any sign; by default 1 each. Not normalised."
     )
-    scale: float = Field(1.0, description="s, a factor of the whole change; 0 gives the model's own bytes.")
+    scale: Schedule = Field(1.0, description="s, a factor of the whole change; 0 gives the model's own bytes.")
     importance: MaskRef | None = Field(
         None, description="A Fisher mask of the model: the more important a weight, the less it is changed."
     )
@@ -91,8 +96,6 @@ class Apply(TensorOp):
     def _one_weight_each(self) -> Apply:
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.adapters)} adapters")
-        if not all(math.isfinite(factor) for factor in [*(self.weights or []), self.scale]):
-            raise ValueError("scale and weights must be finite numbers")
         if self.normalize == "none" and self.layer_damping and "layer_damping" in self.model_fields_set:
             raise ValueError("`normalize: none` takes a gate as it is: put the layers into it with `combine`")
         if self.strength != 1 and self.projection != "scale":
@@ -145,9 +148,9 @@ class Apply(TensorOp):
                 raise StepError(f"{protect} has no subspace of any tensor of {self.model}", mend=_ANOTHER)
 
     def prepare(self, ctx: Context) -> Known:
-        layers = self._layers(ctx)
+        layers, depth = self._layers(ctx), layers_in(tensor_shapes(ctx, self.model), self, ctx)
         if self.protect is None:
-            return Known(layers)
+            return Known(layers, depth=depth)
         mask = Subspaces(ctx.path(self.protect))
         with open_checkpoint(ctx.path(self.model)) as base:
             shapes: dict[str, tuple[int, ...]] = {}
@@ -155,7 +158,7 @@ class Apply(TensorOp):
                 with open_adapter(ctx.path(ref), str(ref)) as adapter:
                     changed = [*adapter.on(base), *adapter.saved_on(base)]
                     shapes |= {name: base.info(name).shape for name in changed}
-        return Known(layers, mask, mask.bind(shapes, ctx.where))
+        return Known(layers, mask, mask.bind(shapes, ctx.where), depth)
 
     def _layers(self, ctx: Context) -> Mapping[int, float]:
         """F_layer, where layers are damped; StepError when `importance` is no mask to take it from."""
@@ -176,12 +179,12 @@ class Apply(TensorOp):
         """The leak of what was written, rounding and all."""
         if self.protect is None:
             return {}
-        with open_checkpoint(ctx.path(self.model)) as base, open_checkpoint(ctx.out) as made:
+        with open_model(ctx.path(self.model)) as base, open_checkpoint(ctx.out) as made:
             found = stored_leaks(base, made, Subspaces(ctx.path(self.protect)))
         return {"leak": {"projection": self.projection, "strength": self.strength, **summary(found)}}
 
     def changes(self, name: str, present: frozenset[str]) -> bool:
-        changed = self.scale != 0 and any(adapter in present for adapter in self.adapters)
+        changed = any(values_of(self.scale)) and any(adapter in present for adapter in self.adapters)
         if changed and self.importance is not None and self.importance not in present:
             what = f"{self.importance} has no importance for {name}, which an adapter changes"
             raise StepError(what, mend="Make a mask of this very model, covering every module the adapters train.")
@@ -212,13 +215,14 @@ class Apply(TensorOp):
         return f"{at.name} of {self.importance}"
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:
-        factors = self.weights or [1.0] * len(self.adapters)
+        depth = depth_of(at.layer, at.known.depth if isinstance(at.known, Known) else 1)
+        factors = [value_at(weight, at.name, depth) for weight in self.weights or [1.0] * len(self.adapters)]
         held = [(adapter, factor) for adapter, factor in zip(self.adapters, factors, strict=True) if adapter in w]
         # A factor of 1 is left out: it would be one more pass over the block.
         change, *more = (w[adapter] if factor == 1 else w[adapter] * factor for adapter, factor in held)
         for part in more:
             change = change + part
-        scale = self.scale
+        scale = value_at(self.scale, at.name, depth)
         if self.importance is not None:
             change = change * (1 - normalized(w[self.importance], self.normalize, at.totals, self._fisher_of(at)))
             if self.damps_layers() and at.layer is not None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from hubforge.errors import SourceError, StepError
+from hubforge.events import Warned
 from hubforge.op import Place
 from hubforge.stages.apply import Apply, Known, layer_importance
 from hubforge.tensors.gate import normalized
@@ -18,6 +19,26 @@ def test_apply_adds_the_scaled_product():
     w = {"m": torch.tensor([[1.0, 2.0]]), "a": torch.tensor([[2.0, 0.0]]), "b": torch.tensor([[0.0, 3.0]])}
     # 1 + 0.5 * 2, 2 - 0.5 * 2 * 3
     assert op.tensor(w, Place("w")).tolist() == [[2.0, -1.0]]
+
+
+def test_scale_and_weights_may_differ_by_module_and_layer():
+    fields = {"weights": [{"mlp": 2, "default": 1}, [0, 4]], "scale": [1, 3]}
+    op = Apply(model="m", adapters=["a", "b"], **fields)
+    w = {ref: torch.ones(1, 1) for ref in "mab"}
+    found = {}
+    for module, layer in [("mlp", 0), ("mlp", 2), ("self_attn", 1)]:
+        found[module, layer] = op.tensor(w, Place(f"model.layers.{layer}.{module}.x", layer, known=Known({}, depth=3)))
+    expected = {("mlp", 0): 1 + 1 * (2 + 0), ("mlp", 2): 1 + 3 * (2 + 4), ("self_attn", 1): 1 + 2 * (1 + 2)}
+    assert {key: tensor.item() for key, tensor in found.items()} == expected
+
+
+def test_modules_that_a_schedule_leaves_out_keep_their_bits(tiny_llama, tiny_loras, context, run_op, tensors_of):
+    said = []
+    ctx = context(m=("model", tiny_llama), a=("adapter", tiny_loras["one"]), report=said.append)
+    run_op(Apply(model="m", adapters=["a"], scale={"mlp.*": 1, "mpl.*": 2, "default": 0}), ctx)
+    found, before = tensors_of(ctx.out), tensors_of(tiny_llama)
+    assert {name for name in found if not torch.equal(found[name], before[name])} == {n for n in before if ".mlp." in n}
+    assert [event.text for event in said if isinstance(event, Warned)][:1] == ["scale: 'mpl.*' fits no tensor of m"]
 
 
 def test_importance_damps_weights_and_layers():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_a_gated_change_is_taken_out_of_the_subspace(tmp_path, tiny_llama, tiny_
         assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst < 1e-5
     with open_checkpoint(tiny_llama) as base, open_checkpoint(tmp_path / "b") as made:
         assert leak(made.read(name) - base.read(name).float(), mask.read(name)).worst > 0.1
+
+
+def test_the_leak_into_eight_bit_floats_is_of_their_values(tmp_path, tiny_llama, tiny_loras, masks, tensors_of):
+    small = tmp_path / "small"
+    shutil.copytree(tiny_llama, small, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = tensors_of(tiny_llama)
+    for name in [name for name in tensors if LINEAR.search(name)]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.tensor(2.0)
+    save_file(tensors, small / "model.safetensors")
+    metrics, _ = applied(tmp_path / "out", small, tiny_loras["one"], masks, protect="core")
+    assert metrics["leak"]["matrices"] == 14 and metrics["leak"]["worst"] < 1e-5
 
 
 def test_what_ties_pushes_back_is_taken_out_again(tmp_path, tiny_llama, masks):
