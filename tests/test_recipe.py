@@ -156,6 +156,7 @@ MASKS = """\
 name: r
 sources:
   base: {model: ./model}
+  before: {model: ./before}
   rows: {dataset: ./rows.jsonl}
   prose: {adapter: ./prose}
   fetched: {mask: ./mask}
@@ -164,7 +165,7 @@ masks:
   depth: {op: layers, mask: fisher}
   gate: {op: combine, masks: [fisher, depth]}
   other: {op: combine, masks: [fisher]}
-  core: {op: subspace, instruct: base, pretrained: base, rank: 2}
+  core: {op: subspace, instruct: base, pretrained: before, rank: 2}
   chance: {op: random_subspace, like: core}
 """
 GATED = "stages:\n  x: {op: apply, model: base, adapters: [prose], "
@@ -174,7 +175,7 @@ PUBLISHED = "publish:\n  x: {op: hub, repo: me/masks, "
 MISFITS = {
     "layers as a gate": (
         GATED + "importance: depth, normalize: none}",
-        "r.yaml:15: stages.x.importance is 'depth', which is a mask of layers\n"
+        "r.yaml:16: stages.x.importance is 'depth', which is a mask of layers\n"
         "  Make a gate of it with `op: combine`, and take that with `normalize: none`.",
     ),
     "a gate, normalised again": (GATED + "importance: gate}", "which is a gate\n  It is normalised already: set"),
@@ -185,7 +186,7 @@ MISFITS = {
     "rates of a gate": (TRAINED + "importance: gate}", "adapters.x.importance is 'gate', which is a gate\n  Name"),
     "two of one form": (
         PUBLISHED + "masks: [gate, fisher, other]}",
-        "r.yaml:15: publish.x.masks[2] is 'other', a gate as 'gate' is\n"
+        "r.yaml:16: publish.x.masks[2] is 'other', a gate as 'gate' is\n"
         "  Their files have the same names: publish each under a `folder` of its own.",
     ),
     "two subspaces": (PUBLISHED + "masks: [core, chance]}", "'chance', a subspace mask as 'core' is"),
