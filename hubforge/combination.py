@@ -1,12 +1,13 @@
-"""What many merges are: one weighted sum of their inputs. Said once, it is computed by torch or by compiled kernels."""
+"""What many merges are: one weighted sum of their inputs, or of what is left of them. Said so, kernels can make it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -38,3 +39,27 @@ class Combination:
         for ref, weight in rest:
             merged.add_(w[ref], alpha=weight)
         return merged if self.divisor == 1 else merged.div_(self.divisor)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task vector of a `Thinned` sum: wᵢ · fᵢ mᵢ ⊙ (Wᵢ − W)."""
+
+    ref: str
+    weight: float
+    factor: float = 1.0  # f, in float32
+    kept: Callable[[NDArray[Any]], Any] | None = None  # writes m, bool (count,), of the rows at hand; None: keeps all
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """A tensor W as W + λ · the sum of its parts, in their order; float32.
+
+    elects: only what agrees with the sign of the sum is added up; with `normalize`, over the sum of their weights.
+    """
+
+    origin: str
+    parts: Sequence[Part]
+    elects: bool
+    normalize: bool
+    scale: float

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic import Field as PydanticField
 from pydantic_core import core_schema
 
-from hubforge.combination import Combination
+from hubforge.combination import Combination, Thinned
 from hubforge.errors import StepError
 from hubforge.events import Event, Note, Progress, Warned
 
@@ -293,6 +293,7 @@ class TensorOp(Op):
     computes: ClassVar[bool] = True  # False: only names change, so 8-bit floats stay as they are
     hides: ClassVar[bool] = False  # True: NaN in an input may not reach the output, so the inputs are looked at too
     combines: ClassVar[bool] = False  # True: each tensor is a `combination` of the inputs, and that is all of it
+    thins: ClassVar[bool] = False  # True: it is a `thinned_sum` of them, which kernels can make as well as `tensor`
     on_gpu: ClassVar[bool] = False  # True: it computes on tensors of a GPU as well, as tests have shown
     unkeyed: ClassVar[tuple[str, ...]] = ("fuse",)  # it changes no byte of this step, only of those that use it
 
@@ -387,6 +388,10 @@ class TensorOp(Op):
 
     def combination(self, present: frozenset[str], at: Place) -> Combination:
         """What these rows of the output are, for an op that `combines`, given the refs that have the tensor."""
+        raise NotImplementedError(type(self).__name__)
+
+    def thinned_sum(self, present: frozenset[str], at: Place) -> Thinned:
+        """The same for an op that `thins`."""
         raise NotImplementedError(type(self).__name__)
 
     def tensor(self, w: Mapping[str, Tensor], at: Place) -> Tensor:

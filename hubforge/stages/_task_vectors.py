@@ -105,16 +105,26 @@ def elements(at: Place) -> int:
     return math.prod(at.shape)
 
 
+def first_element(at: Place) -> int:
+    """Of the rows at hand, counted over the whole tensor."""
+    return at.first * math.prod(at.shape[1:])
+
+
 def weighted_sum(deltas: Iterable[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
     """Σ wᵢ · Δᵢ, or that over Σ wᵢ unless it is 0. A new tensor."""
+    pairs = zip(deltas, shares(weights, normalize), strict=True)
+    delta, share = next(pairs)
+    merged = delta * share
+    for delta, share in pairs:
+        merged.add_(delta, alpha=share)
+    return merged
+
+
+def shares(weights: Sequence[float], normalize: bool) -> list[float]:
+    """The weights, or those over their sum unless it is 0."""
     total = sum(weights)
     divisor = total if normalize and abs(total) > 1e-8 else 1.0
-    pairs = zip(deltas, weights, strict=True)
-    delta, weight = next(pairs)
-    merged = delta * (weight / divisor)
-    for delta, weight in pairs:
-        merged.add_(delta, alpha=weight / divisor)
-    return merged
+    return [weight / divisor for weight in weights]
 
 
 def agreeing_sum(deltas: Iterable[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:

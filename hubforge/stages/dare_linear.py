@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from hubforge.combination import Part, Thinned
 from hubforge.op import Place
-from hubforge.stages._models import FOR_EACH, require_within
-from hubforge.stages._task_vectors import TaskVectors
-from hubforge.tensors.random import bernoulli, resolved
+from hubforge.stages._models import FOR_EACH, indexed, require_within
+from hubforge.stages._task_vectors import TaskVectors, first_element, shares
+from hubforge.tensors.random import bernoulli, choose, resolved
 from hubforge.tensors.schedule import PerModel
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class DareLinear(TaskVectors):
     """
 
     version: ClassVar[int] = 2  # 16 bits are drawn for an element.
+    thins: ClassVar[bool] = True
 
     formula: ClassVar[str] = "W + λ · Σ wᵢ · mᵢ ⊙ (Wᵢ − W) / d,  mᵢ ~ Bernoulli(d)"
     source: ClassVar[str] = "Yu et al. 2023, arXiv:2311.03099"
@@ -45,8 +48,22 @@ class DareLinear(TaskVectors):
         density = self.of_model(self.density, index, at)
         if density >= 1:
             return delta
-        row = delta[0].numel() if delta.dim() else 1
-        kept = bernoulli(self.seed, (index, at.name), at.first * row, delta.numel(), density)
+        kept = bernoulli(self.seed, (index, at.name), first_element(at), delta.numel(), density)
         if self.rescale:
             kept.div_(resolved(density))
         return kept.to(delta.device).view(delta.shape).mul_(delta)
+
+    def thinned_sum(self, present: frozenset[str], at: Place) -> Thinned:
+        held = indexed(self.models, present)
+        weights = [self.of_model(self.weights, index, at) for index, _ in held]
+        if not self.elects:
+            weights = shares(weights, self.normalize)
+        parts = []
+        for (index, model), weight in zip(held, weights, strict=True):
+            density = self.of_model(self.density, index, at)
+            if density >= 1:
+                parts.append(Part(model, weight))
+                continue
+            chosen = partial(choose, seed=self.seed, names=(index, at.name), first=first_element(at), chance=density)
+            parts.append(Part(model, weight, 1 / resolved(density) if self.rescale else 1.0, chosen))
+        return Thinned(self.base_model, parts, self.elects, self.normalize, self.value(self.scale, at))

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hubforge.op import Place
 from hubforge.stages._models import FOR_EACH
-from hubforge.stages._task_vectors import TaskVectors
+from hubforge.stages._task_vectors import TaskVectors, first_element
 from hubforge.tensors.random import uniform
 from hubforge.tensors.schedule import PerModel, values_of
 
@@ -52,9 +52,8 @@ class DellaLinear(TaskVectors):
         density = self.of_model(self.density, index, at)
         if density >= 1:
             return delta
-        row = delta[0].numel() if delta.dim() else 1
         keep = probabilities(delta, density, self.of_model(self.epsilon, index, at))
-        drawn = uniform(self.seed, (index, at.name), at.first * row, delta.numel()).to(delta.device)
+        drawn = uniform(self.seed, (index, at.name), first_element(at), delta.numel()).to(delta.device)
         kept = drawn.view(delta.shape) < keep
         return delta * kept / keep if self.rescale else delta * kept
 

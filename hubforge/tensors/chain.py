@@ -114,7 +114,8 @@ class Link:
     def packed(self, name: str) -> bool:
         """Whether an output can be made from the bytes of its inputs: bfloat16 in files, combined and rounded by us."""
         output = self.outputs[name]
-        if not output.changed or not self.op.combines or self.op.rounding != "nearest" or output.info.dtype != "BF16":
+        summed = output.changed and (self.op.combines or self.op.thins)
+        if not summed or self.op.rounding != "nearest" or output.info.dtype != "BF16":
             return False
         inputs = [self.inputs.by_ref[ref] for ref in output.present]
         return all(

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 _TILE = 2048  # elements, 8 kB of float32: with the inputs' and the output's it stays in the first cache
 _ONE, _HALF, _SHIFT, _NAN = np.uint32(1), np.uint32(0x7FFF), np.uint32(16), np.uint32(0x7FC0)
+_SIGN, _UNIT = np.uint32(0x80000000), np.uint32(0x3F800000)  # the sign bit of a float32; 1.0
 
 
 def _compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -56,6 +57,12 @@ def _as_bits(context: Any, value: Any) -> Any:
 def _wide(x: Any) -> Any:
     """bfloat16, as its 16 bits, in float32."""
     return _as_float(np.uint32(x) << _SHIFT)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _sign(value: Any) -> Any:
+    """1 with the sign of a float32, a zero's too."""
+    return _as_float((_as_bits(value) & _SIGN) | _UNIT)
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
@@ -119,6 +126,81 @@ def combine(rows: Any, picked: Any, weights: Any, divisor: Any, relative: Any, o
         if divisor != 1:
             for j in range(n):
                 merged[j] = merged[j] / divisor
+        for j in range(n):
+            rounded[j] = _narrow(merged[j])
+        squares, errors = _gain(merged[:n], base, rounded)
+        square += squares
+        product += errors
+    return square + product, square
+
+
+@_compiled("void(f4[:,::1], f4[::1], i8, f4[::1])")
+def _add_up(parts: Any, weights: Any, n: int, merged: Any) -> None:
+    """Σ weights[i] · parts[i], of the first n elements."""
+    for j in range(n):
+        merged[j] = parts[0, j] * weights[0]
+    for i in range(1, len(weights)):
+        part, weight = parts[i], weights[i]
+        for j in range(n):
+            merged[j] = _fma(part[j], weight, merged[j])
+
+
+@_compiled("void(f4[:,::1], f4[::1], b1, i8, f4[:,::1], f4[::1])")
+def _elect(parts: Any, weights: Any, normalize: bool, n: int, spare: Any, merged: Any) -> None:
+    """The same of those that have the sign of that sum, each rounded first; divided by the sum of their weights."""
+    sign, divisor = spare[0], spare[1]
+    for i in range(len(weights)):
+        part, weight = parts[i], weights[i]
+        for j in range(n):
+            part[j] = part[j] * weight
+    for j in range(n):
+        sign[j] = parts[0, j]
+    for i in range(1, len(weights)):
+        part = parts[i]
+        for j in range(n):
+            sign[j] = sign[j] + part[j]
+    for j in range(n):
+        sign[j] = _sign(sign[j])
+        merged[j] = divisor[j] = 0
+    for i in range(len(weights)):
+        part, weight = parts[i], weights[i]
+        for j in range(n):
+            agreeing = part[j] * sign[j]
+            # Only what is below zero goes: NaN stays, and shows in the sums.
+            merged[j] = merged[j] + (np.float32(0) if agreeing < 0 else agreeing)
+            divisor[j] = divisor[j] + (weight if agreeing > 0 else np.float32(0))
+    for j in range(n):
+        merged[j] = merged[j] * sign[j]
+    if normalize:
+        for j in range(n):
+            merged[j] = merged[j] / (np.float32(1) if divisor[j] == 0 else divisor[j])
+
+
+@_compiled("Tuple((f8,f8))(u2[:,::1], i8[::1], b1[:,::1], f4[::1], f4[::1], b1, b1, f4, u2[::1])")
+def thin(
+    rows: Any, picked: Any, kept: Any, factors: Any, weights: Any, elects: bool, normalize: bool, scale: Any, out: Any
+) -> Any:
+    """A `Thinned` sum of bfloat16 rows, rounded to bfloat16; and `rounding.gain_sums` of it.
+
+    rows: uint16 [inputs, n], the base's first. picked, factors, weights: int64 and float32 [k], of each part the row,
+    the factor of what it keeps, and the weight. kept: bool [k, n]. out: uint16 [n].
+    """
+    parts, spare = np.empty((len(picked), _TILE), np.float32), np.empty((2, _TILE), np.float32)
+    merged = np.empty(_TILE, np.float32)
+    square, product = 0.0, 0.0
+    for first in range(0, rows.shape[1], _TILE):
+        n = min(_TILE, rows.shape[1] - first)
+        base, rounded = rows[0, first : first + n], out[first : first + n]
+        for i in range(len(picked)):
+            added, chosen, part = rows[picked[i], first : first + n], kept[i, first : first + n], parts[i]
+            for j in range(n):
+                part[j] = (factors[i] if chosen[j] else np.float32(0)) * (_wide(added[j]) - _wide(base[j]))
+        if elects:
+            _elect(parts, weights, normalize, n, spare, merged)
+        else:
+            _add_up(parts, weights, n, merged)
+        for j in range(n):
+            merged[j] = _fma(merged[j], scale, _wide(base[j]))
         for j in range(n):
             rounded[j] = _narrow(merged[j])
         squares, errors = _gain(merged[:n], base, rounded)

@@ -14,6 +14,8 @@ from hubforge.tensors.targets import Target
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from hubforge.op import Place
+
 # Elements to compute from which the kernels save more than the second it takes to load them: where they take torch's
 # place, which takes longer to load, and where they only round what it computed.
 _WORTH, _WORTH_ROUNDING = 1 << 26, 1 << 31
@@ -60,18 +62,46 @@ class Packed(threading.local):
         """The bytes of a block, and its gain sums, which are not finite where something in the block is not."""
         import numpy as np
 
+        first, last = target.blocks[block]
+        refs, rows = self._rows(target, first, last, again=False)
+        place = self._link.place(self._link.outputs[target.name].source, first)
+        out = self._buffer("out", 2 * rows.shape[1])
+        make = self._thin if self._link.op.thins else self._combine
+        kept, intended = make(refs, rows, place, out.view(np.uint16))
+        return out.data, kept, intended
+
+    def _combine(self, refs: list[str], rows: ndarray, place: Place, out: ndarray) -> tuple[float, float]:
+        import numpy as np
+
         from hubforge.tensors import kernels
 
-        link, (first, last) = self._link, target.blocks[block]
-        refs, rows = self._rows(target, first, last, again=False)
-        asked = link.op.combination(frozenset(refs), link.place(link.outputs[target.name].source, first))
+        asked = self._link.op.combination(frozenset(refs), place)
         picked = np.array([refs.index(ref) for ref in asked.weights])
         weights = np.array(list(asked.weights.values()), np.float32)
-        out = self._buffer("out", 2 * rows.shape[1])
-        kept, intended = kernels.combine(
-            rows, picked, weights, np.float32(asked.divisor), asked.origin is not None, out.view(np.uint16)
+        sums: tuple[float, float] = kernels.combine(
+            rows, picked, weights, np.float32(asked.divisor), asked.origin is not None, out
         )
-        return out.data, kept, intended
+        return sums
+
+    def _thin(self, refs: list[str], rows: ndarray, place: Place, out: ndarray) -> tuple[float, float]:
+        import numpy as np
+
+        from hubforge.tensors import kernels
+
+        asked = self._link.op.thinned_sum(frozenset(refs), place)
+        picked = np.array([refs.index(part.ref) for part in asked.parts])
+        factors = np.array([part.factor for part in asked.parts], np.float32)
+        weights = np.array([part.weight for part in asked.parts], np.float32)
+        kept = self._buffer("kept", len(picked) * rows.shape[1]).view(np.bool_).reshape(len(picked), -1)
+        for part, chosen in zip(asked.parts, kept, strict=True):
+            if part.kept is None:
+                chosen.fill(True)
+            else:
+                part.kept(chosen)
+        sums: tuple[float, float] = kernels.thin(
+            rows, picked, kept, factors, weights, asked.elects, asked.normalize, np.float32(asked.scale), out
+        )
+        return sums
 
     def _rows(self, target: Target, first: int, last: int, *, again: bool) -> tuple[list[str], ndarray]:
         """The refs that have part in a target, the base first, and their rows, uint16 [refs, elements].

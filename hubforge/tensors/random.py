@@ -35,11 +35,20 @@ def bernoulli(seed: int, names: tuple[str | int, ...], first: int, count: int, c
     import numpy as np
     import torch
 
+    drawn = np.empty(count, np.bool_)
+    choose(drawn, seed, names, first, chance)
+    return torch.from_numpy(drawn.view(np.int8)).float()
+
+
+def choose(drawn: NDArray[Any], seed: int, names: tuple[str | int, ...], first: int, chance: float) -> None:
+    """What `bernoulli` gives of the elements from `first` on, into a bool array of as many."""
+    import numpy as np
+
     below = round(resolved(chance) * RESOLUTION)
     if below == RESOLUTION:
-        return torch.ones(count)
-    drawn = _lanes(seed, names, first, count, "<u2") < np.uint16(below)
-    return torch.from_numpy(drawn.view(np.int8)).float()
+        drawn.fill(True)
+    else:
+        np.less(_lanes(seed, names, first, len(drawn), "<u2"), np.uint16(below), out=drawn)
 
 
 def resolved(chance: float) -> float:

@@ -12,7 +12,10 @@ import torch
 
 from hubforge.combination import Combination
 from hubforge.errors import StepError
+from hubforge.op import Place
 from hubforge.stages.apply import Apply
+from hubforge.stages.dare_linear import DareLinear
+from hubforge.stages.dare_ties import DareTies
 from hubforge.stages.linear import Linear
 from hubforge.stages.slerp import Slerp, products
 from hubforge.stages.task_arithmetic import TaskArithmetic
@@ -64,6 +67,35 @@ def test_combinations_have_torchs_bits(models, combination):
     assert np.array_equal(out, as_bits(merged.bfloat16()))
 
 
+@pytest.mark.parametrize("density", [1.0, 0.6, [0.3, 1.0, 0.7]], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weights", [[0.4, 0.3, 0.3], [1.0, -0.5, 0.2], [0.5, -0.5, 0.0]], ids=str)
+@pytest.mark.parametrize("kind", [DareLinear, DareTies])
+def test_thinned_sums_have_torchs_bits(kind, weights, normalize, density, models):
+    op = kind(base_model="a", models=list("bcd"), weights=weights, density=density, normalize=normalize, scale=0.7)
+    place = Place("layers.0.w", 0, (COUNT, 1), 0, 1)
+    merged = op.tensor({name: tensor.float()[:, None] for name, tensor in models.items()}, place)[:, 0]
+    asked = op.thinned_sum(frozenset(models), place)
+    rows, out = np.stack([as_bits(tensor) for tensor in models.values()]), np.empty(COUNT, np.uint16)
+    kept = np.ones((3, COUNT), bool)
+    for part, chosen in zip(asked.parts, kept, strict=True):
+        if part.kept:
+            part.kept(chosen)
+    picked = np.array(["abcd".index(part.ref) for part in asked.parts])
+    factors, given = (np.array([getattr(p, of) for p in asked.parts], np.float32) for of in ("factor", "weight"))
+    kernels.thin(rows, picked, kept, factors, given, asked.elects, asked.normalize, np.float32(asked.scale), out)
+    assert np.array_equal(out, as_bits(merged.bfloat16()))
+
+
+def test_nan_is_not_voted_down(models):
+    """What is not a number must show in the sums, so that torch decides what becomes of it."""
+    rows = np.stack([as_bits(tensor) for tensor in models.values()])
+    rows[2, 77] = 0x7FC0
+    kept, ones = np.ones((3, COUNT), bool), np.ones(3, np.float32)
+    found = kernels.thin(rows, np.arange(1, 4), kept, ones, ones, True, True, np.float32(1), np.empty(COUNT, np.uint16))
+    assert not math.isfinite(sum(found))
+
+
 def test_gain_sums_are_those_of_a_float64_loop():
     models = {name: numbers(i, COUNT).bfloat16() for i, name in enumerate("ab")}
     merged = Combination({"a": 0.75, "b": 0.25}).of({name: tensor.float() for name, tensor in models.items()})
@@ -99,6 +131,14 @@ OPS = {
     "linear": Linear(models=["base", "one", "two"], weights=[0.4, 0.3, 0.4]),
     "linear where one lacks a tensor": Linear(models=["base", "one", "lacks"], missing="base"),
     "task_arithmetic": TaskArithmetic(model="base", models=["one", "two"], weights=[0.7, -0.2]),
+    "dare_linear": DareLinear(base_model="base", models=["one", "two"], density=0.4, weights=[0.7, -0.2]),
+    "dare_linear, normalised": DareLinear(
+        base_model="base", models=["one", "two"], density=[0.4, 1.0], normalize=True, rescale=False
+    ),
+    "dare_ties": DareTies(base_model="base", models=["one", "two"], density={"layers.1": 1.0, "default": 0.3}),
+    "dare_ties where one lacks a tensor": DareTies(
+        base_model="base", models=["lacks", "one"], missing="base", normalize=True, scale=0.5, weights=[0.3, -0.9]
+    ),
     "slerp": Slerp(model="base", to="one", t={"layers.1": 1.0, "layers.2": 0.0, "default": 0.3}),
     "whole slerp": Slerp(model="base", to="one", t=0.3, scope="whole"),
     "apply": Apply(model="base", adapters=["ups"], scale=0.5),
@@ -157,7 +197,7 @@ def test_merges_have_the_same_files_with_kernels_as_without(
     found = run_op(OPS[name], plain, 2)
     with_kernels(monkeypatch)
     called = []
-    for kernel in ("combine", "finish"):
+    for kernel in ("combine", "thin", "finish"):
         original = getattr(kernels, kernel)
         monkeypatch.setattr(kernels, kernel, lambda *args, run=original: called.append(args) or run(*args))
     compiled = context("compiled", **family)
@@ -226,7 +266,7 @@ def test_kernels_are_loaded_where_they_pay(name, worth, loads, family, context, 
     assert bool(asked) == loads
 
 
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp"])
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "slerp", "dare_linear", "dare_ties"])
 def test_a_merge_of_bfloat16_files_needs_no_torch(name, family, tmp_path):
     """Importing it takes longer than merging a small model."""
     op = type(OPS[name])
