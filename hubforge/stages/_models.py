@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import Context, ModelRef, Place, TensorOp
-from hubforge.tensors.inputs import tensor_shapes
+from hubforge.tensors.inputs import check_inputs, tensor_shapes
 from hubforge.tensors.names import layer_of
 from hubforge.tensors.schedule import DEFAULT, PerModel, Schedule, depth_of, fits, value_at, values_of
 from hubforge.tensors.vocabulary import RowOf, Wanted
@@ -97,6 +97,9 @@ class Models(TensorOp):
         """Whether `include` and `exclude` leave a tensor to be merged."""
         included = self.include is None or any(fits(pattern, name) for pattern in self.include)
         return included and not any(fits(pattern, name) for pattern in self.exclude)
+
+    def preflight(self, ctx: Context) -> None:
+        check_inputs(self, ctx)
 
     def prepare(self, ctx: Context) -> int:
         """The number of layers, over which gradients spread."""

@@ -15,7 +15,7 @@ from hubforge.op import AdapterRef, Context, MaskRef, Metrics, ModelRef, Place, 
 from hubforge.stages._models import layers_in
 from hubforge.tensors.adapter import open_adapter
 from hubforge.tensors.gate import Normalize, needs_all, normalized, require_range, require_some
-from hubforge.tensors.inputs import tensor_shapes
+from hubforge.tensors.inputs import check_inputs, tensor_shapes
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.projection import Projection, Subspaces, protect, stored_leaks, summary
 from hubforge.tensors.quantised import open_model
@@ -128,7 +128,8 @@ class Apply(TensorOp):
         return "its leak is measured on what is stored" if self.protect is not None else ""
 
     def preflight(self, ctx: Context) -> None:
-        """Whether the masks are of this model, where both are there already: only headers are read."""
+        """Whether adapters and masks are of this model, where they are there already: only headers are read."""
+        check_inputs(self, ctx)
         importance = self.importance if self.importance in ctx.inputs else None
         protect = self.protect if self.protect in ctx.inputs else None
         if importance is not None:

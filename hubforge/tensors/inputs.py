@@ -263,6 +263,28 @@ def open_inputs(
     return Inputs(base, by_ref, vocabulary)
 
 
+def check_inputs(op: TensorOp, ctx: Context) -> None:
+    """What headers tell of the inputs, where all are there before any step is begun: damage, and shapes that differ.
+
+    SourceError or StepError. Not of an op that brings vocabularies to one, whose shapes its tokenizers decide.
+    """
+    refs = list(dict.fromkeys([Ref(op.base_ref), *refs_of(op)]))
+    if op.vocabulary() is not None or not all(ref in ctx.inputs for ref in refs):
+        return
+    with ExitStack() as stack:
+        opened = Opened(stack, Desk())
+        base = opened.model(ctx.path(refs[0]))
+        for ref in refs:
+            if ctx.artifact(ref).kind == "model":
+                other = opened.model(ctx.path(ref))
+                for name, own in paired(base, Aliases(other, str(other.path))).items():
+                    _check_same_shape(name, base, own, other, ctx)
+            elif ctx.artifact(ref).kind == "adapter":
+                adapter = opened.adapter(ctx.path(ref), str(ref))
+                adapter.on(base)
+                adapter.saved_on(base)
+
+
 def _vocabulary(op: TensorOp, ctx: Context, models: Mapping[str, Checkpoint], opened: Opened) -> Vocabulary | None:
     """The common vocabulary that the op asks for."""
     wanted = op.vocabulary()
@@ -283,6 +305,8 @@ def _only_in(names: list[str], ref: str, other: Checkpoint, lacks: str, ctx: Con
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = f"{ref} has tensor {names[0]}{more}, which {lacks} lacks"
     mend = f"`missing: base` leaves out what only {ref} has ({other.path})."
+    if canonical(names[0]) in _HEADS:
+        mend = f"Name {ref} first: where the base has a head of its own, embeddings that another ties stand for it."
     return StepError(what, where=ctx.where, mend=mend)
 
 

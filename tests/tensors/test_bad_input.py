@@ -83,6 +83,8 @@ def test_damaged_checkpoints(damage, message, pair, run_op):
     tensors = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
     ctx = pair(tensors, tensors, shards=2)
     damage(ctx.inputs["o"].path)
+    with pytest.raises(SourceError, match=message):
+        MEAN.preflight(ctx)  # Before any step of the recipe is begun.
     with pytest.raises(SourceError, match=message) as caught:
         run_op(MEAN, ctx)
     assert caught.value.exit_code == 4 and "fetch" in caught.value.mend.lower()
@@ -91,8 +93,11 @@ def test_damaged_checkpoints(damage, message, pair, run_op):
 
 def test_shapes_that_differ_are_named_with_both_files(pair, run_op):
     ctx = pair({"a": torch.ones(2, 3)}, {"a": torch.ones(3, 2)})
-    with pytest.raises(StepError, match=r"a is \[2, 3\] in .*one/model.safetensors, but a is \[3, 2\] in .*two/model"):
-        run_op(MEAN, ctx)
+    for step in (MEAN.preflight, lambda ctx: run_op(MEAN, ctx)):
+        with pytest.raises(
+            StepError, match=r"a is \[2, 3\] in .*one/model.safetensors, but a is \[3, 2\] in .*two/model"
+        ):
+            step(ctx)
     assert not list(ctx.out.iterdir())
 
 
@@ -178,8 +183,10 @@ def adapted(context, checkpoint_folder, adapter_folder, shape, base_name, said):
 def test_an_adapter_of_a_model_of_other_shapes(context, checkpoint_folder, adapter_folder, run_op):
     ctx = adapted(context, checkpoint_folder, adapter_folder, (4, 5), "org/that", [])
     message = r"(?s)the delta of layer is \[4, 4\], but layer.weight in .* is \[4, 5\].*trained on org/that"
-    with pytest.raises(HubforgeError, match=message):
-        run_op(Apply(model="m", adapters=["a"]), ctx)
+    op = Apply(model="m", adapters=["a"])
+    for step in (op.preflight, lambda ctx: run_op(op, ctx)):
+        with pytest.raises(HubforgeError, match=message):
+            step(ctx)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +204,16 @@ def test_a_model_whose_tensors_are_all_elsewhere(pair, run_op):
     ctx = pair({"a": torch.ones(2)}, {"b": torch.ones(2)})
     with pytest.raises(StepError, match=r"o has no tensor a, which m has|o has tensor b, which .* lacks"):
         run_op(Slerp(model="m", to="o", t=0.5), ctx)
+
+
+def test_inputs_that_are_still_to_be_made_are_not_looked_at(pair):
+    ctx = pair({"a": torch.ones(2, 3)}, {"a": torch.ones(3, 2)})
+    del ctx.inputs["o"]
+    MEAN.preflight(ctx)
+
+
+def test_a_head_of_its_own_beside_a_base_that_ties_it(pair, run_op):
+    embeddings = {"model.embed_tokens.weight": torch.ones(3, 2)}
+    ctx = pair(embeddings, embeddings | {"lm_head.weight": torch.zeros(3, 2)})
+    with pytest.raises(StepError, match=r"o has tensor lm_head.weight, which .* lacks\n  Name o first"):
+        run_op(MEAN, ctx)
