@@ -163,15 +163,15 @@ def opened(one: Path, other: Path) -> Iterator[tuple[Checkpoint, Checkpoint]]:
         yield first, second
 
 
-def check_tokenizers(one: Path, other: Path) -> list[str]:
+def check_tokenizers(one: Path, other: Path) -> list[str] | None:
     """SourceError when the two tokenizers give tokens different numbers; the added tokens that differ, as text.
 
-    Added tokens may: instruct models rename reserved ones for their chat turns. Without a tokenizer.json in both there
-    is nothing to compare.
+    Added tokens may: instruct models rename reserved ones for their chat turns. None without a tokenizer.json in both:
+    there is nothing to compare then.
     """
     found = [_vocabulary(folder) for folder in (one, other)]
     if found[0] is None or found[1] is None:
-        return []
+        return None
     (mine, my_added), (theirs, their_added) = found[0], found[1]
     differing = [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]
     if differing:

@@ -101,7 +101,7 @@ class Subspace(Op):
     def preflight(self, ctx: Context) -> None:
         """Shapes and tokenizers, where both models are there already: only headers are read."""
         if all(ref is None or ref in ctx.inputs for ref in (self.instruct, self.pretrained, self.fisher)):
-            with self._matrices(ctx):
+            with self._matrices(ctx, said=False):
                 pass
 
     def run(self, ctx: Context) -> Metrics:
@@ -132,8 +132,8 @@ class Subspace(Op):
         return _metrics(facts) | {"capped": len(capped), "angle_unknown": len(vague)}
 
     @contextmanager
-    def _matrices(self, ctx: Context) -> Iterator[tuple[Matrices, _targets.Targets]]:
-        """What to decompose and which of it, opened and checked."""
+    def _matrices(self, ctx: Context, *, said: bool = True) -> Iterator[tuple[Matrices, _targets.Targets]]:
+        """What to decompose and which of it, opened and checked. said: whether to tell what is no error."""
         if self.fisher is not None:
             with open_checkpoint(ctx.path(self.fisher), "fisher") as fisher:
                 weighed = {name: info.shape for name, info in fisher.tensors.items() if len(info.shape) == 2}
@@ -141,7 +141,11 @@ class Subspace(Op):
             return
         assert self.instruct is not None and self.pretrained is not None
         instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
-        if renamed := check_tokenizers(instruct, pretrained):
+        renamed = check_tokenizers(instruct, pretrained)
+        if renamed is None and said:
+            lacking = [str(folder) for folder in (instruct, pretrained) if not (folder / "tokenizer.json").is_file()]
+            ctx.warn(f"the tokenizers are not compared: {' and '.join(lacking)} has no tokenizer.json")
+        elif renamed and said:
             ctx.note(f"added tokens that differ: {some(renamed)}")
         with opened(instruct, pretrained) as (one, other):
             shapes = {name: info.shape for name, info in one.tensors.items()}

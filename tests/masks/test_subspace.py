@@ -487,6 +487,20 @@ def test_renamed_added_tokens_are_reported_only(tiny_llama: Path, tiny_llama_oth
     assert any(isinstance(event, Note) and f"'<turn>' and '{old}'" in event.text for event in seen)
 
 
+def test_tokenizers_that_cannot_be_compared_are_warned_about(
+    tiny_llama: Path, tiny_llama_other: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama_other, tmp_path / "other"))
+    (folder / "tokenizer.json").unlink()
+    seen: list[Event] = []
+    ctx = context(tmp_path / "out", folder, tiny_llama, seen.append)
+    op().preflight(ctx)
+    assert seen == []  # Told once, by the run.
+    op().run(ctx)
+    (warned,) = [event for event in seen if isinstance(event, Warned)]
+    assert str(warned) == f"r.yaml:8: the tokenizers are not compared: {folder} has no tokenizer.json"
+
+
 def test_gemma_covers_the_decoder_alone(tiny_gemma4_multimodal: Path, tmp_path: Path) -> None:
     def shift(weights: dict[str, torch.Tensor]) -> None:
         for name, tensor in weights.items():
