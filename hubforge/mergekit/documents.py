@@ -108,7 +108,8 @@ class _Import:
         if modules := document.get("modules"):
             parts, *rest = modules.values()
             if any(other != parts for other in rest) or (rest and parts.get("slices")):
-                raise self.refuse("modules: a model's modules can only be merged alike, and whole")
+                mend = "Import the merge of one module alone, and name its tensors: `include: [language_model.*]`, say."
+                raise self.refuse("modules: a model's modules can only be merged alike, and whole", mend)
         scopes = [parts.get("parameters") or {}, document.get("parameters") or {}]
         merge = Merge(self, method, document.get("base_model"), scopes, self.dtype(document), self.tokens(document))
         slices = parts.get("slices") or []

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hubforge.errors import StepError
 from hubforge.op import CHAT_TEMPLATE, ChatTemplate, Context, Kind, Metrics, ModelRef, Op
+from hubforge.stages._models import patterns_of
 from hubforge.tensors import dtypes
 from hubforge.tensors.chat_template import most_common, template_of
 from hubforge.tensors.layout import GB, lay_out
@@ -20,7 +21,7 @@ from hubforge.tensors.names import Aliases, canonical, layer_of
 from hubforge.tensors.quantised import Dequantised, open_model, quantised_by, without_quantisation
 from hubforge.tensors.reader import Checkpoint, TensorInfo
 from hubforge.tensors.rounding import is_finite, not_finite
-from hubforge.tensors.schedule import Schedule, depth_of, value_at
+from hubforge.tensors.schedule import Schedule, depth_of, fits, value_at
 from hubforge.tensors.side_files import check_side_files, copy_side_files, set_dtype
 from hubforge.tensors.vocabulary import is_table
 from hubforge.tensors.writer import Piece, Writer, piece_of
@@ -142,6 +143,10 @@ class Passthrough(Op):
         number = 0
         for part, layers in zip(self.slices, chosen, strict=True):
             held = layers_of(models[part.model])
+            names = [info.name for layer in range(*layers) for info in held.get(layer, [])]
+            for pattern in patterns_of(part.scale):
+                if not any(fits(pattern, name) for name in names):
+                    ctx.warn(f"slices: {pattern!r} fits no tensor of layers {list(layers)} of {part.model}")
             for layer in range(*layers):
                 for info in held.get(layer, []):
                     scale = value_at(part.scale, info.name, depth_of(layer - layers[0], layers[1] - layers[0]))

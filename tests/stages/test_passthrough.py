@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hubforge.errors import StepError
+from hubforge.events import Warned
 from hubforge.lab.tiny import tiny_llama as make_llama
 from hubforge.stages.passthrough import Passthrough
 from hubforge.stages.task_arithmetic import TaskArithmetic
@@ -190,3 +191,11 @@ def test_what_is_computed_is_finite(value, fields, message, tower, context, run_
     scale = {"scale": fields.pop("scale", 1)}
     with pytest.raises(StepError, match=message):
         run_op(stack(("a", (0, 2), scale), **fields), context(a=("model", path)))
+
+
+def test_patterns_that_fit_nothing_are_told(tower, context, run_op):
+    said = []
+    scale = {"scale": {"down_prj": 0, "down_proj": 0.5, "default": 1}}
+    run_op(stack(("a", (0, 2), scale)), context(a=("model", tower("a", 0)), report=said.append))
+    told = [event.text for event in said if isinstance(event, Warned)]
+    assert told == ["slices: 'down_prj' fits no tensor of layers [0, 2] of a"]
