@@ -125,6 +125,10 @@ class _Loader:
             if not self.errors:
                 self.wrong("a recipe is a mapping of keys to values", mend="`hubforge init` writes one to start from.")
             self.finish()
+        if "merge_method" in data:
+            mend = f"`hubforge import {self.path} my-merge.yaml` writes the recipe of it; with --run, and makes it."
+            self.wrong("this is a configuration of mergekit, not a recipe", "merge_method", mend=mend)
+            self.finish()
         for key in data:
             if key not in KEYS:
                 self.wrong(f"there is no key {key!r} in a recipe", key, mend=closest(key, KEYS))

@@ -152,6 +152,14 @@ def test_gguf_files_are_called_by_the_recipe(write_recipe):
     assert [node.op.name for node in loaded.nodes.values()] == ["r", "r"]
 
 
+def test_a_configuration_of_mergekit_is_told_by_its_command(write_recipe):
+    with pytest.raises(RecipeErrors) as caught:
+        recipe.load(write_recipe("models: [{model: a/a}, {model: b/b}]\nmerge_method: linear\ndtype: bfloat16\n"))
+    (error,) = caught.value.errors
+    assert "r.yaml:2: this is a configuration of mergekit, not a recipe" in str(error)
+    assert "`hubforge import " in error.mend and "r.yaml my-merge.yaml`" in error.mend
+
+
 MASKS = """\
 name: r
 sources:
