@@ -81,12 +81,16 @@ def texts(
         elif not own_start:
             text = _through_template(said, tokenizer, add_generation_prompt, f"row {number}")
         elif chat_template:
-            mend = "Set `chat_template: false`, or take the instruct model, whose tokenizer has one."
-            raise SourceError("the tokenizer has no chat template", where=str(tokenizer.name_or_path), mend=mend)
+            raise no_template(str(tokenizer.name_or_path))
         else:
             text = "\n\n".join(message["content"] for message in said)
         encoded.append(list(tokenizer(text, add_special_tokens=own_start, verbose=False)["input_ids"]))
     return encoded
+
+
+def no_template(where: str) -> SourceError:
+    mend = "Set `chat_template: false`, or take the instruct model, whose tokenizer has one."
+    return SourceError("the tokenizer has no chat template", where=where, mend=mend)
 
 
 def _through_template(

@@ -138,8 +138,7 @@ class Encoder:
         self.tokenizer, self.columns = tokenizer, columns
         self.template: str | None = None  # the tokenizer's own
         if (columns.format == "chat" or chat_template) and not tokenizer.chat_template:
-            mend = "Name with `tokenizer` a model whose tokenizer has one, such as the instruct model."
-            raise SourceError("the tokenizer has no chat template", where=str(tokenizer.name_or_path), mend=mend)
+            raise no_template(str(tokenizer.name_or_path))
         self.through_template = columns.format == "chat" or (
             columns.format == "instruction"
             and (bool(tokenizer.chat_template) if chat_template is None else chat_template)
@@ -240,6 +239,11 @@ class Encoder:
         except ValueError:  # TRL does not know the template.
             return False
         return self.template is not None
+
+
+def no_template(where: str) -> SourceError:
+    mend = "Name with `tokenizer` a model whose tokenizer has one, such as the instruct model."
+    return SourceError("the tokenizer has no chat template", where=where, mend=mend)
 
 
 def _string(value: Any, column: str, where: str) -> str:

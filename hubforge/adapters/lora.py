@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hubforge.adapters._examples import Columns, Encoder, Examples, Format, columns_of, make_examples
+from hubforge.adapters._examples import Columns, Encoder, Examples, Format, columns_of, make_examples, no_template
 from hubforge.adapters._launch import check_launch, train_on_several
 from hubforge.adapters._modules import LINEARS, in_checkpoint, in_model, rates, select
 from hubforge.adapters._processes import rank_here
@@ -17,6 +17,7 @@ from hubforge.errors import StepError
 from hubforge.models import load_model, load_tokenizer, read_config
 from hubforge.op import Context, DatasetRef, Kind, MaskRef, Metrics, ModelRef, Op
 from hubforge.rows import rows
+from hubforge.tensors.chat_template import template_of
 from hubforge.tensors.projection import Projection, Subspace, Subspaces
 
 if TYPE_CHECKING:
@@ -198,7 +199,11 @@ class Lora(Op):
         if self.importance is not None and self.importance in ctx.inputs:
             self._rates(ctx, shapes)
         if self.data in ctx.inputs:
-            columns_of(self._rows(ctx, 1)[0], self.format, self._named())
+            columns = columns_of(self._rows(ctx, 1)[0], self.format, self._named())
+            tokenizer = self.tokenizer or self.model
+            through = columns.format == "chat" or self.chat_template
+            if through and tokenizer in ctx.inputs and template_of(ctx.path(tokenizer)) is None:
+                raise no_template(str(ctx.path(tokenizer)))
 
     def run(self, ctx: Context) -> Metrics:
         from hubforge.adapters._quiet import quiet

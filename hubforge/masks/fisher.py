@@ -19,7 +19,8 @@ from hubforge.masks._files import States, write_json
 from hubforge.masks._layers import cuts
 from hubforge.models import load_model, load_tokenizer, read_config, rows, texts
 from hubforge.op import Context, DatasetRef, Kind, Metrics, ModelRef, Op
-from hubforge.rows import content_of, some
+from hubforge.rows import content_of, no_template, some
+from hubforge.tensors.chat_template import template_of
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.reader import open_checkpoint
 
@@ -119,7 +120,10 @@ class Fisher(Op):
         if self.model in ctx.inputs:
             self._select(ctx)
         if self.data in ctx.inputs:
-            content_of(self._rows(ctx, limit=1)[0], self.column, f"{ctx.path(self.data)} row 1")
+            content = content_of(self._rows(ctx, limit=1)[0], self.column, f"{ctx.path(self.data)} row 1")
+            through = isinstance(content, list) and self.chat_template
+            if through and self.model in ctx.inputs and template_of(ctx.path(self.model)) is None:
+                raise no_template(str(ctx.path(self.model)))
 
     def run(self, ctx: Context) -> Metrics:
         import torch

@@ -423,6 +423,16 @@ def test_preflight_finds_a_mask_that_says_nothing_of_layers(prepare, tmp_path):
             lora(importance="depth").preflight(ctx)
 
 
+def test_preflight_finds_that_there_is_no_chat_template(prepare, tiny_llama, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").unlink()
+    ctx = prepare(model=folder, instruct=Artifact("instruct", "model", "i", tiny_llama))
+    with pytest.raises(SourceError, match="plain: the tokenizer has no chat template"):
+        lora().preflight(ctx)
+    lora(tokenizer="instruct").preflight(ctx)
+
+
 LAUNCHED = [
     ("WORLD_SIZE", "2", "starts its processes itself", "set `num_processes`"),
     ("ACCELERATE_USE_FSDP", "true", "under FSDP", "no slice can be projected"),

@@ -354,6 +354,17 @@ def test_the_preflight_finds_that_no_column_is_one_of_the_usual(tiny_llama: Path
         op().preflight(ctx)
 
 
+def test_the_preflight_finds_that_there_is_no_chat_template(tiny_llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink()
+    ctx = context(tmp_path / "out", folder)
+    with pytest.raises(SourceError, match=r"model: the tokenizer has no chat template\n  Set `chat_template: false`"):
+        op().preflight(ctx)
+    op(chat_template=False).preflight(ctx)
+
+
 def test_too_little_memory_is_said_before_the_model_is_loaded(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,8 +481,8 @@ def test_a_merge_that_damps_layers_needs_more_than_the_tensors(tmp_path: Path) -
     ctx = Context("stages.styled", tmp_path, inputs, where="r.yaml:9")
     fields = {"model": "base", "adapters": ["style"], "importance": "old"}
     with pytest.raises(StepError, match=r"r.yaml:9: old has no layer_importance.*\n  Set `layer_damping: false`"):
-        Apply.model_validate(fields).prepare(ctx)
-    assert Apply.model_validate({**fields, "layer_damping": False}).prepare(ctx).layers == {}
+        Apply.model_validate(fields).preflight(ctx)
+    Apply.model_validate({**fields, "layer_damping": False}).preflight(ctx)
 
 
 def test_the_layers_of_a_multimodal_model_are_taken_in_groups_too(tiny_gemma4_multimodal: Path, tmp_path: Path) -> None:
