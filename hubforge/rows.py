@@ -58,6 +58,7 @@ def texts(
     column: str | None = None,
     chat_template: bool | None = None,
     add_generation_prompt: bool = False,
+    names: Sequence[str] = (),
 ) -> list[list[int]]:
     """The token ids of each row, special tokens included, not truncated.
 
@@ -67,19 +68,20 @@ def texts(
     chat_template: True puts conversations and prompts through the tokenizer's template and raises SourceError without
     one; False joins their contents with blank lines; None does what the tokenizer can. What stands under `text` is
     taken as it is. add_generation_prompt: what the model is asked, without the answer that the row ends with if it has
-    one, and with what opens the model's turn.
+    one, and with what opens the model's turn. names: what errors call each row; by default its number here.
     """
     encoded: list[list[int]] = []
-    for number, row in enumerate(rows, 1):
-        said = content_of(row, column, f"row {number}")
+    for number, row in enumerate(rows):
+        where = names[number] if names else f"row {number + 1}"
+        said = content_of(row, column, where)
         if add_generation_prompt and isinstance(said, list):
-            said = _asked(said, f"row {number}")
+            said = _asked(said, where)
         # A template writes the beginning-of-text token itself.
         own_start = isinstance(said, str) or chat_template is False or not tokenizer.chat_template
         if isinstance(said, str):
             text = said
         elif not own_start:
-            text = _through_template(said, tokenizer, add_generation_prompt, f"row {number}")
+            text = _through_template(said, tokenizer, add_generation_prompt, where)
         elif chat_template:
             raise no_template(str(tokenizer.name_or_path))
         else:

@@ -218,10 +218,15 @@ class Fisher(Op):
         if len(every) < self.samples:
             ctx.note(f"{self.data} has {len(every)} rows; all are taken, not {self.samples}")
         # In random order throughout, so that odd and even samples are like halves.
-        chosen = random.Random(self.seed).sample(every, min(self.samples, len(every)))
+        chosen = random.Random(self.seed).sample(range(len(every)), min(self.samples, len(every)))
         replying = self.labels == "response"
         encoded = texts(
-            chosen, tokenizer, column=self.column, chat_template=self.chat_template, add_generation_prompt=replying
+            [every[number] for number in chosen],
+            tokenizer,
+            column=self.column,
+            chat_template=self.chat_template,
+            add_generation_prompt=replying,
+            names=[f"{ctx.path(self.data)} row {number + 1}" for number in chosen],
         )
         long = sum(len(ids) > self.max_length for ids in encoded)
         if long:

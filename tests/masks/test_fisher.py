@@ -354,6 +354,13 @@ def test_the_preflight_finds_that_no_column_is_one_of_the_usual(tiny_llama: Path
         op().preflight(ctx)
 
 
+def test_a_row_without_a_prompt_is_named_by_its_place_in_the_data(tiny_llama: Path, tmp_path: Path) -> None:
+    """Not by its place among the samples, which are in random order."""
+    ctx = context(tmp_path / "out", tiny_llama, [*LINES, *LINES, "", *LINES])
+    with pytest.raises(SourceError, match=r"out\.jsonl row 9: none of the columns"):
+        op(seed=3).run(ctx)
+
+
 def test_the_preflight_finds_that_there_is_no_chat_template(tiny_llama: Path, tmp_path: Path) -> None:
     import shutil
 
