@@ -324,6 +324,40 @@ def test_a_slice_of_one_layer_takes_the_end_of_a_gradient(tmp_path):
     assert {name: value_at(schedule, name, 0.5) for name in names} == names
 
 
+def test_what_yaml_1_1_has_and_1_2_has_not(tmp_path):
+    text = """
+given: &given {weight: 0.5, density: 0.3}
+name: x
+merge_method: ties
+base_model: o/m
+models:
+  - {model: o/a, parameters: *given}
+  - model: o/b
+    parameters: {<<: *given, weight: 1}
+parameters: {normalize: no}
+--- # and another
+merge_method: nuslerp
+models: [{model: o/a}, {model: o/b}]
+parameters: {weight: 1, nuslerp_flatten: off}
+"""
+    _, stages, losses = imported(text, tmp_path)
+    found = list(stages.values())
+    assert found[0]["weights"] == [0.5, 1] and found[0]["density"] == 0.3 and found[0]["normalize"] is False
+    assert found[1]["along"] == "rows"
+    assert losses == ["given: mergekit itself does not know it"]
+
+
+def test_names_of_models_become_names_of_a_recipe(tmp_path):
+    text = "merge_method: linear\nmodels: [{model: x/模型}, {model: ./-été-}]\nparameters: {weight: 1}\n"
+    assert list(imported(text, tmp_path)[0]) == ["model", "t"]
+
+
+def test_what_mergekit_does_not_look_at_is_named(tmp_path):
+    one = "{sources: [{model: o/a, layer_range: [0, 4], lora: o/l}], residual_weight: 0.5}"
+    losses = imported(f"merge_method: passthrough\nslices: [{one}, {one}]\n", tmp_path)[2]
+    assert [loss.partition(":")[0] for loss in losses] == ["residual_weight of a slice", "lora of a model"]
+
+
 def test_what_is_lost_is_named(tmp_path):
     text = f"""
 merge_method: ties
@@ -383,6 +417,7 @@ def test_a_chat_template_of_stacked_layers(tmp_path):
     [
         ("merge_method: linear\nmodels: [{model: a/a}]\nchat_template: vicuna\n", "chat_template is 'vicuna'"),
         ("models: []\n", "has no merge_method"),
+        ("---\n".join(["merge_method: linear\nmodels: [{model: a/a}]\n"] * 2), "two documents are called 'merged'"),
         ("merge_method: frankenstein\nmodels: [{model: a/a}]\n", "merge_method is 'frankenstein'"),
         ("merge_method: ties\nmodels: [{model: a/a}]\n", "ties needs a base_model"),
         ("merge_method: linear\nmodels: 3\n", "does not have the form"),

@@ -17,7 +17,7 @@ import yaml
 
 from hubforge import marks
 from hubforge.errors import RecipeError
-from hubforge.mergekit.fields import SHARED, Data, Losses, Merge, path_of
+from hubforge.mergekit.fields import SHARED, Data, Losses, Merge, path_of, plain
 from hubforge.mergekit.templates import TEMPLATES
 
 _KEYS = {
@@ -34,6 +34,7 @@ _KEYS = {
     ),
     *("chat_template", "parameters", "name", "out_path"),
 }
+_OF_SLICE, _OF_MODEL = {"sources", "base_model", "parameters"}, {"model", "layer_range", "parameters"}
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
@@ -57,20 +58,34 @@ def _documents(text: str, file: str) -> list[Data]:
     """The documents of a file; each keeps its line numbers for errors."""
     documents, start = [], 0
     lines = text.splitlines()
-    for end in [*(i for i, line in enumerate(lines) if line.rstrip() == "---"), len(lines)]:
+    for end in [*(i for i, line in enumerate(lines) if re.fullmatch(r"---(\s+#.*|\s*)", line)), len(lines)]:
         part = lines[start:end]
         if any(line.strip() and not line.lstrip().startswith("#") for line in part):
             marked = marks.parse("\n".join(part) + "\n", file, line=start + 1)
             if marked.errors:
                 raise marked.errors[0]
-            if not isinstance(marked.data, dict) or "merge_method" not in marked.data:
+            data = _with_merge_keys(marked.data)
+            if not isinstance(data, dict) or "merge_method" not in data:
                 mend = "mergekit-moe and evolutionary configurations are of another kind."
                 raise RecipeError("is no merge configuration: it has no merge_method", where=file, mend=mend)
-            documents.append(marked.data)
+            documents.append(data)
         start = end + 1
     if not documents:
         raise RecipeError("holds no merge configuration", where=file)
     return documents
+
+
+def _with_merge_keys(data: Any) -> Any:
+    """The data with what YAML 1.1's `<<: *anchor` brings in, as mergekit reads it; a mapping's own keys come first."""
+    if isinstance(data, list):
+        return [_with_merge_keys(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    found = {key: _with_merge_keys(value) for key, value in data.items()}
+    merged = found.pop("<<", {})
+    for each in merged if isinstance(merged, list) else [merged]:
+        found = {**each, **found}
+    return found
 
 
 @dataclass
@@ -87,6 +102,9 @@ class _Import:
 
     def all_stages(self) -> str:
         """Turn every document; the name of the last one's stage."""
+        labels = [_label(document) for document in self.documents]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise self.refuse(f"two documents are called {twice!r}", mend="Give each a `name` of its own.")
         return [self.stage(document) for document in self.documents][-1]
 
     def refuse(self, what: str, mend: str = "") -> RecipeError:
@@ -94,7 +112,7 @@ class _Import:
 
     def stage(self, document: Data) -> str:
         """The stage that one document becomes, with all it needs before it."""
-        label = str(document.get("name") or document.get("out_path") or "merged")
+        label = _label(document)
         if label in self._named:
             return self._named[label]
         if label in self._open:
@@ -137,6 +155,11 @@ class _Import:
             self.losses.tell(f"the random choice of {method}: as many elements are kept, but not the same")
         for key in sorted(document.keys() - _KEYS):
             self.losses.tell(f"{key}: mergekit itself does not know it")
+        slices = document.get("slices") or []
+        models = [*(document.get("models") or []), *(source for part in slices for source in part["sources"])]
+        for what, parts, known in (("slice", slices, _OF_SLICE), ("model", models, _OF_MODEL)):
+            for key in sorted({key for part in parts for key in part} - known):
+                self.losses.tell(f"{key} of a {what}: mergekit itself does not look at it")
 
     def template(self, document: Data, fields: Data) -> Data:
         """The chat template, as a field of the document's stage."""
@@ -182,7 +205,7 @@ class _Import:
     def row(self, token: str, settings: Data) -> Data:
         """Where one token's embedding comes from; {} for nothing that was said."""
         source = settings.get("source")
-        force = {"force": True} if settings.get("force") else {}
+        force = {"force": True} if plain(settings.get("force")) else {}
         if source is None:
             self.losses.tell(f"tokenizer: {token!r} has no source")
             return {}
@@ -277,6 +300,10 @@ class _Import:
         return name
 
 
+def _label(document: Data) -> str:
+    return str(document.get("name") or document.get("out_path") or "merged")
+
+
 def _depth(path: str) -> int | None:
     """The number of layers of a model in a folder; None where only its config on the Hub tells."""
     try:
@@ -289,4 +316,5 @@ def _depth(path: str) -> int | None:
 
 def slug(label: str) -> str:
     """The last part of a path, as a name."""
-    return re.sub(r"[^\w.-]", "-", label.partition("@")[0].rstrip("/").rpartition("/")[2], flags=re.ASCII) or "model"
+    last = label.partition("@")[0].rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII).strip("-._")[:60] or "model"

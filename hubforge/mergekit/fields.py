@@ -41,6 +41,7 @@ SHARED: dict[str, dict[str, str]] = {
 }
 _NO_BASE = ("linear", "karcher", "passthrough")  # their base_model is one more model, and where the config comes from
 _DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0, "lambda": 1.0}  # t and weight have none
+_TRUTH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
 @dataclass
@@ -120,9 +121,9 @@ class Merge:
     def over_layers(self, value: Any) -> Any:
         """A number, or a gradient."""
         if not isinstance(value, list):
-            return _number(value)
+            return plain(value)
         self.has_gradient = self.has_gradient or (len(value) > 1 and not self.one_layer)
-        return [_number(entry) for entry in value]
+        return [plain(entry) for entry in value]
 
     def fields(self, models: list[Data], *, adds_base: bool = False, cut: bool = False) -> Data:
         """The stage's fields. adds_base: a base that is not among the models is one more of them, as in `models`."""
@@ -225,8 +226,10 @@ def path_of(written: Any) -> str:
     return f"{written['path']}@{revision}" if revision else str(written["path"])
 
 
-def _number(value: Any) -> Any:
-    """A number that YAML 1.1 took for text ("1e-4"); anything else as it is."""
+def plain(value: Any) -> Any:
+    """A number that YAML 1.1 took for text ("1e-4"), a truth value that 1.2 does ("yes"); anything else as it is."""
+    if isinstance(value, str) and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
