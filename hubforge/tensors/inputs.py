@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 _COMPARED_AT_ONCE = 16 << 20  # bytes
+_PLAIN = "Take it in bfloat16, float16, float32, or in 8-bit floats with their scales."
 _NORMS_OF = 1 << 20  # elements whose squares are summed at once
 
 
@@ -229,6 +230,9 @@ def open_inputs(
             held[str(ref)] = computed[ref]
         elif ref not in held and ctx.artifact(ref).kind == "model":
             held[str(ref)] = opened.model(ctx.path(ref)) if op.computes or inner else opened.checkpoint(ctx.path(ref))
+    for model, checkpoint in held.items():
+        if op.computes and model not in computed:
+            _require_plain(model, checkpoint, ctx)
     vocabulary = _vocabulary(op, ctx, held, opened)
     models = {ref: vocabulary.view(ref) for ref in held} if vocabulary else held
     base = models[op.base_ref]
@@ -277,6 +281,7 @@ def check_inputs(op: TensorOp, ctx: Context) -> None:
         for ref in refs:
             if ctx.artifact(ref).kind == "model":
                 other = opened.model(ctx.path(ref))
+                _require_plain(str(ref), other, ctx)
                 for name, own in paired(base, Aliases(other, str(other.path))).items():
                     _check_same_shape(name, base, own, other, ctx)
             elif ctx.artifact(ref).kind == "adapter":
@@ -382,14 +387,20 @@ def is_buffer(name: str, inputs: Inputs) -> bool:
     return not quantised_by(config_beside(inputs.base.path)) and inputs.base.info(name).dtype in dtypes.COUNTERS
 
 
+def _require_plain(ref: str, model: Checkpoint, ctx: Context) -> None:
+    """StepError for a model whose config names what quantised it, and that has matrices which are no floats."""
+    method = quantised_by(config_beside(model.path))
+    small = [info for info in model.tensors.values() if len(info.shape) > 1 and info.dtype not in dtypes.FLOATS]
+    if method and small:
+        what = f"{ref} is quantised by {method}: {small[0].name} in {small[0].file} is {small[0].dtype}"
+        raise StepError(f"{what}, which cannot be merged", where=ctx.where, mend=_PLAIN)
+
+
 def require_float(name: str, inputs: Inputs, ctx: Context) -> None:
     """StepError unless every weight of a tensor that is to change is a float."""
     for held in inputs.by_ref.values():
         if isinstance(held, Weights) and name in held:
             info = held.checkpoint.info(held.names[name])
             if info.dtype not in dtypes.FLOATS:
-                method = quantised_by(config_beside(held.checkpoint.path))
-                by = f" (its model is quantised by {method})" if method else ""
-                what = f"{info.name} in {info.file} is {info.dtype}, which cannot be merged{by}"
-                mend = "Take it in bfloat16, float16, float32, or in 8-bit floats with their scales."
-                raise StepError(what, where=ctx.where, mend=mend)
+                what = f"{info.name} in {info.file} is {info.dtype}, which cannot be merged"
+                raise StepError(what, where=ctx.where, mend=_PLAIN)

@@ -16,6 +16,7 @@ from hubforge.errors import SourceError, StepError, StoreError
 from hubforge.events import Progress, Warned
 from hubforge.op import ModelRef, Place, TensorOp
 from hubforge.stages.apply import Apply
+from hubforge.stages.linear import Linear
 from hubforge.tensors import targets
 from hubforge.tensors.reader import open_checkpoint
 from hubforge.tensors.writer import JOURNAL
@@ -353,11 +354,21 @@ def test_overflow_of_the_output_type_is_named(checkpoint_folder, context, run_op
 
 
 def test_quantised_weights_are_refused_by_name(checkpoint_folder, context, run_op):
+    weight = {"qweight": torch.ones(4, 2, dtype=torch.int32), "norm": torch.ones(2)}
     config = {"model_type": "toy", "quantization_config": {"quant_method": "gptq"}}
-    ctx = context(m=("model", checkpoint_folder("m", {"qweight": torch.ones(4, dtype=torch.int32)}, config=config)))
-    with pytest.raises(
-        StepError, match=r"qweight in .* is I32, which cannot be merged \(its model is quantised by gptq"
-    ):
+    ctx = context(
+        m=("model", checkpoint_folder("m", weight, config=config)),
+        o=("model", checkpoint_folder("o", {"weight": torch.ones(32, 2), "norm": torch.ones(2)})),
+    )
+    message = r"m is quantised by gptq: qweight in .*/m/model.safetensors is I32, which cannot be merged"
+    for op in (Half(model="m"), Linear(models=["m", "o"], missing="base"), Linear(models=["o", "m"], missing="skip")):
+        with pytest.raises(StepError, match=message):
+            run_op(op, ctx)
+
+
+def test_integers_of_a_plain_model_are_refused_by_name(checkpoint_folder, context, run_op):
+    ctx = context(m=("model", checkpoint_folder("m", {"w": torch.ones(4, dtype=torch.uint8)})))
+    with pytest.raises(StepError, match=r"w in .* is U8, which cannot be merged"):
         run_op(Half(model="m"), ctx)
 
 
