@@ -19,6 +19,7 @@ from hubforge.op import Context, DatasetRef, Kind, MaskRef, Metrics, ModelRef, O
 from hubforge.rows import rows
 from hubforge.tensors.chat_template import template_of
 from hubforge.tensors.projection import Projection, Subspace, Subspaces
+from hubforge.tensors.tokens import require_same
 
 if TYPE_CHECKING:
     import torch
@@ -188,13 +189,14 @@ class Lora(Op):
     def preflight(self, ctx: Context) -> None:
         """What headers and the first row show, where model, mask and data are there already."""
         check_launch(self, ctx)
+        self._check_tokenizer(ctx)
         shapes: Mapping[str, tuple[int, ...]] = {}
         if self.model in ctx.inputs:
             read_config(ctx.path(self.model))
             every = in_checkpoint(ctx.path(self.model))
             shapes = {name: every[name] for name in select(every, self.target_modules, self.rank, ctx.where)}
         if self.protect is not None and self.protect in ctx.inputs:
-            mask = Subspaces(ctx.path(self.protect))
+            mask = Subspaces(ctx.path(self.protect), str(self.protect))
             mask.bind({f"{name}.weight": shape for name, shape in shapes.items()}, ctx.where)
         if self.importance is not None and self.importance in ctx.inputs:
             self._rates(ctx, shapes)
@@ -211,6 +213,7 @@ class Lora(Op):
         from hubforge.adapters._writing import write_reports
 
         check_launch(self, ctx)
+        self._check_tokenizer(ctx)
         newest = newest_checkpoint(ctx.out / STATE)
         with quiet():
             examples, columns = self._examples(ctx)
@@ -259,6 +262,12 @@ class Lora(Op):
         data = ctx.artifact(self.data)
         named = [name for name in self._named().needed if name]
         return rows(data.path, files=[file.path for file in data.files] or None, limit=limit, columns=named)
+
+    def _check_tokenizer(self, ctx: Context) -> None:
+        """SourceError when the tokenizer that was named means other tokens by the model's numbers."""
+        if self.tokenizer is not None and self.tokenizer in ctx.inputs and self.model in ctx.inputs:
+            mend = f"Name a model of {self.model}'s own vocabulary, such as the instruct model that was made from it."
+            require_same(ctx.path(self.model), ctx.path(self.tokenizer), mend)
 
     def _load_tokenizer(self, ctx: Context) -> Any:
         tokenizer = load_tokenizer(ctx.path(self.tokenizer or self.model))
@@ -336,7 +345,7 @@ class Lora(Op):
         """What is protected, by module, where the factors are."""
         if self.protect is None:
             return {}
-        mask = Subspaces(ctx.path(self.protect))
+        mask = Subspaces(ctx.path(self.protect), str(self.protect))
         shapes = {f"{name}.weight": (part.b.shape[0], part.a.shape[1]) for name, part in factors.items()}
         found: dict[str, Subspace] = {}
         for tensor, own in mask.bind(shapes, ctx.where).items():
@@ -347,7 +356,7 @@ class Lora(Op):
                 ("V", found[name].V, shapes[tensor][1]),
             ):
                 if basis.shape[1] >= width:
-                    what = f"{side} of {own} in {mask.path} spans all {width} dimensions, which leaves nothing to learn"
+                    what = f"{side} of {own} in {self.protect} spans all {width} dimensions: nothing is left to learn"
                     raise StepError(what, where=ctx.where, mend="Make the mask with a lower rank or max_share.")
         return found
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hubforge.errors import SourceError, StepError
 from hubforge.tensors.dtypes import FLOATS
 from hubforge.tensors.names import Aliases
-from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_json
+from hubforge.tensors.reader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,50 +161,3 @@ def rounding_energy(values: Tensor, where: Tensor) -> float:
 def opened(one: Path, other: Path) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     with open_checkpoint(one) as first, open_checkpoint(other) as second:
         yield first, second
-
-
-def check_tokenizers(one: Path, other: Path) -> list[str] | None:
-    """SourceError when the two tokenizers give tokens different numbers; the added tokens that differ, as text.
-
-    Added tokens may: instruct models rename reserved ones for their chat turns. None without a tokenizer.json in both:
-    there is nothing to compare then.
-    """
-    found = [_vocabulary(folder) for folder in (one, other)]
-    if found[0] is None or found[1] is None:
-        return None
-    (mine, my_added), (theirs, their_added) = found[0], found[1]
-    differing = [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]
-    if differing:
-        token = min(differing, key=lambda token: (min(mine.get(token, 1 << 60), theirs.get(token, 1 << 60)), token))
-        what = (
-            f"another tokenizer than {one / 'tokenizer.json'}: {len(differing)} tokens differ, the first {token!r} "
-            f"({_number(mine.get(token))} there, {_number(theirs.get(token))} here)"
-        )
-        mend = "A difference of weights means something only between a model and the one it was trained from."
-        raise SourceError(what, where=str(other / "tokenizer.json"), mend=mend)
-    numbers = sorted(
-        number for number in my_added.keys() & their_added.keys() if my_added[number] != their_added[number]
-    )
-    return [f"{number}: {my_added[number]!r} and {their_added[number]!r}" for number in numbers]
-
-
-def _vocabulary(folder: Path) -> tuple[dict[str, int], dict[int, str]] | None:
-    """Token -> id of the base vocabulary, and id -> token of the added ones; None without a tokenizer.json."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        content: Mapping[str, Any] = read_json(path, 1 << 30)
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: pairs of token and score, numbered in order.
-            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-        added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
-        # Some tokenizers list the added tokens in the vocabulary too; there they may differ.
-        names = set(added.values())
-        return {str(token): int(number) for token, number in vocabulary.items() if token not in names}, added
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"no vocabulary in it ({error!r})", where=str(path)) from error
-
-
-def _number(token_id: int | None) -> str:
-    return "absent" if token_id is None else f"number {token_id}"

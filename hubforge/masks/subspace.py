@@ -14,13 +14,14 @@ from pydantic import AfterValidator, Field, model_validator
 from hubforge.errors import StepError
 from hubforge.masks import _targets
 from hubforge.masks._files import TensorWriter, settle, size, write_json, write_tensors
-from hubforge.masks._pair import Matrices, Pair, Weighed, check_tokenizers, opened
+from hubforge.masks._pair import Matrices, Pair, Weighed, opened
 from hubforge.models import read_config
 from hubforge.op import Context, Kind, MaskRef, Metrics, ModelRef, Op
 from hubforge.rows import some
 from hubforge.tensors.layout import lay_out
 from hubforge.tensors.names import layer_of
 from hubforge.tensors.reader import open_checkpoint
+from hubforge.tensors.tokens import require_same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,8 @@ class Subspace(Op):
             return
         assert self.instruct is not None and self.pretrained is not None
         instruct, pretrained = ctx.path(self.instruct), ctx.path(self.pretrained)
-        renamed = check_tokenizers(instruct, pretrained)
+        mend = "A difference of weights means something only between a model and the one it was trained from."
+        renamed = require_same(instruct, pretrained, mend)
         if renamed is None and said:
             lacking = [str(folder) for folder in (instruct, pretrained) if not (folder / "tokenizer.json").is_file()]
             ctx.warn(f"the tokenizers are not compared: {' and '.join(lacking)} has no tokenizer.json")

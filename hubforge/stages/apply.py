@@ -144,7 +144,7 @@ class Apply(TensorOp):
                     str(importance), {name: info.shape for name, info in mask.tensors.items()}, shapes, self.model
                 )
         if protect is not None:
-            subspaces = Subspaces(ctx.path(protect))
+            subspaces = Subspaces(ctx.path(protect), str(protect))
             if not [name for name, shape in shapes.items() if subspaces.find(name, shape) is not None]:
                 raise StepError(f"{protect} has no subspace of any tensor of {self.model}", mend=_ANOTHER)
 
@@ -152,7 +152,7 @@ class Apply(TensorOp):
         layers, depth = self._layers(ctx), layers_in(tensor_shapes(ctx, self.model), self, ctx)
         if self.protect is None:
             return Known(layers, depth=depth)
-        mask = Subspaces(ctx.path(self.protect))
+        mask = Subspaces(ctx.path(self.protect), str(self.protect))
         with open_checkpoint(ctx.path(self.model)) as base:
             shapes: dict[str, tuple[int, ...]] = {}
             for ref in self.adapters:
@@ -181,7 +181,7 @@ class Apply(TensorOp):
         if self.protect is None:
             return {}
         with open_model(ctx.path(self.model)) as base, open_checkpoint(ctx.out) as made:
-            found = stored_leaks(base, made, Subspaces(ctx.path(self.protect)))
+            found = stored_leaks(base, made, Subspaces(ctx.path(self.protect), str(self.protect)))
         return {"leak": {"projection": self.projection, "strength": self.strength, **summary(found)}}
 
     def changes(self, name: str, present: frozenset[str]) -> bool:

@@ -157,12 +157,12 @@ class Subspaces:
     Only headers are read until a subspace is asked for.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises SourceError when there is no subspace in the folder (or file)."""
+    def __init__(self, path: Path, name: str = "") -> None:
+        """name: what errors call it; its path unless given. Raises SourceError when no subspace is there."""
         file = path / FILE if (path / FILE).is_file() else path
         with open_checkpoint(file) as checkpoint:
             self._tensors: Mapping[str, TensorInfo] = dict(checkpoint.tensors)
-        self.path = path
+        self.path, self._name = path, name or str(path)
         names = [name.removesuffix(".U") for name in self._tensors if name.endswith(".U")]
         self.names = tuple(name for name in names if f"{name}.V" in self._tensors)
         if not self.names:
@@ -181,7 +181,7 @@ class Subspaces:
             return None
         out, into = self._tensors[f"{own}.U"].shape[0], self._tensors[f"{own}.V"].shape[0]
         if (out, into) != tuple(shape):
-            what = f"{name} is {list(shape)} in the model, but {own} in {self.path} is for {[out, into]}"
+            what = f"{name} is {list(shape)} in the model, but {own} in {self._name} is for {[out, into]}"
             raise StepError(what, mend="The mask is of another model; make one of this model and its instruct version.")
         return own
 
@@ -216,7 +216,7 @@ class Subspaces:
                 bare.append(name)
         if bare:
             more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-            what = f"{self.path} has no subspace for {bare[0]}{more}, which would change unprotected"
+            what = f"{self._name} has no subspace for {bare[0]}{more}, which would change unprotected"
             mend = "Make a mask of this model whose `targets` cover them, or change fewer modules."
             raise StepError(what, where=where, mend=mend)
         return found

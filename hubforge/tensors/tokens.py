@@ -68,6 +68,34 @@ def read_tokens(folder: Path, name: str) -> Tokens:
     return Tokens(file, data, ids, added)
 
 
+def require_same(one: Path, other: Path, mend: str) -> list[str] | None:
+    """SourceError when two models' folders give tokens different numbers; the added tokens that differ, as text.
+
+    Added tokens may: instruct models rename reserved ones for their chat turns. None without a tokenizer.json in both:
+    there is nothing to compare then.
+    """
+    if not all((folder / FILE).is_file() for folder in (one, other)):
+        return None
+    found = [read_tokens(folder, str(folder)) for folder in (one, other)]
+    # Some tokenizers list the added tokens in the vocabulary too; there they may differ.
+    mine, theirs = ({token: n for token, n in each.ids.items() if token not in each.added} for each in found)
+    differing = [token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token)]
+    if differing:
+        token = min(differing, key=lambda token: (min(mine.get(token, 1 << 60), theirs.get(token, 1 << 60)), token))
+        what = (
+            f"another tokenizer than {one / FILE}: {len(differing)} tokens differ, the first {token!r} "
+            f"({_number(mine.get(token))} there, {_number(theirs.get(token))} here)"
+        )
+        raise SourceError(what, where=str(other / FILE), mend=mend)
+    ours, others = ({each.ids[token]: token for token in each.added} for each in found)
+    numbers = sorted(number for number in ours.keys() & others.keys() if ours[number] != others[number])
+    return [f"{number}: {ours[number]!r} and {others[number]!r}" for number in numbers]
+
+
+def _number(token_id: int | None) -> str:
+    return "absent" if token_id is None else f"number {token_id}"
+
+
 def _how_to_make_one(folder: Path) -> str:
     """The commands that make tokenizer.json of the files that are there.
 

@@ -433,6 +433,13 @@ def test_preflight_finds_that_there_is_no_chat_template(prepare, tiny_llama, tmp
     lora(tokenizer="instruct").preflight(ctx)
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused(prepare, tiny_gemma4):
+    ctx = prepare(other=Artifact("other", "model", "o", tiny_gemma4))
+    for refuse in (lora(tokenizer="other").preflight, lora(tokenizer="other").run):
+        with pytest.raises(SourceError, match=r"another tokenizer than .*: \d+ tokens differ.*\n  Name a model"):
+            refuse(ctx)
+
+
 LAUNCHED = [
     ("WORLD_SIZE", "2", "starts its processes itself", "set `num_processes`"),
     ("ACCELERATE_USE_FSDP", "true", "under FSDP", "no slice can be projected"),
