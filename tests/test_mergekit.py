@@ -352,6 +352,15 @@ def test_names_of_models_become_names_of_a_recipe(tmp_path):
     assert list(imported(text, tmp_path)[0]) == ["model", "t"]
 
 
+def test_a_filter_by_a_layers_number_in_slices_is_named(tmp_path):
+    slices = [
+        f"{{sources: [{{model: o/a, layer_range: {r}}}, {{model: o/b, layer_range: {r}}}]}}" for r in ([0, 2], [1, 3])
+    ]
+    t = "[{filter: layers.2., value: 1}, {filter: mlp, value: 0.3}, {value: 0.5}]"
+    text = f"merge_method: slerp\nbase_model: o/a\nslices: [{', '.join(slices)}]\nparameters: {{t: {t}}}\n"
+    assert imported(text, tmp_path)[2] == ["the filter 'layers.2.' of t: in a slice, layers may have other numbers"]
+
+
 def test_what_mergekit_does_not_look_at_is_named(tmp_path):
     one = "{sources: [{model: o/a, layer_range: [0, 4], lora: o/l}], residual_weight: 0.5}"
     losses = imported(f"merge_method: passthrough\nslices: [{one}, {one}]\n", tmp_path)[2]

@@ -81,12 +81,12 @@ class Merge:
     dtype: Data = field(default_factory=dict)
     tokenizer: Data = field(default_factory=dict)
     has_gradient: bool = False
-    one_layer: bool = False  # whether it is a slice of one layer
+    layers: int | None = None  # of a slice among others
 
     def within(self, base: Any, parameters: Data, layers: int) -> Merge:
         """The same for one slice of so many layers, with parameters of its own."""
         scopes, base = [parameters, *self.scopes], base or self.base
-        return replace(self, base=base, scopes=scopes, has_gradient=False, one_layer=layers == 1)
+        return replace(self, base=base, scopes=scopes, has_gradient=False, layers=layers)
 
     def setting(self, name: str, model: Data | None = None) -> Any:
         """A parameter in our notation; None where it is not given. A model's own come first.
@@ -105,7 +105,9 @@ class Merge:
                     raise self.into.refuse(f"the filter {text!r} of {name} looks for a character that patterns use")
                 pattern = "default" if text in (None, "*") else f"*{text}*"
                 inside = self.over_layers(entry["value"])
-                if self.one_layer and isinstance(inside, list):
+                if self.layers is not None and re.search(r"\d", text or ""):
+                    self.into.losses.tell(f"the filter {text!r} of {name}: in a slice, layers may have other numbers")
+                if self.layers == 1 and isinstance(inside, list):
                     # A lone layer takes a gradient's last value; what stands around the layers, the first.
                     found.setdefault("*.[0-9]*" if pattern == "default" else pattern, inside[-1])
                     inside = inside[0]
@@ -122,7 +124,7 @@ class Merge:
         """A number, or a gradient."""
         if not isinstance(value, list):
             return plain(value)
-        self.has_gradient = self.has_gradient or (len(value) > 1 and not self.one_layer)
+        self.has_gradient = self.has_gradient or (len(value) > 1 and self.layers != 1)
         return [plain(entry) for entry in value]
 
     def fields(self, models: list[Data], *, adds_base: bool = False, cut: bool = False) -> Data:
