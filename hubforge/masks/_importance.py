@@ -104,6 +104,7 @@ class Importance:
                 "layers": {str(number): facts for number, facts in layers.items()},
                 "total": {"sum": total, "mean": total / count, "count": count},
                 "samples": self._examples,
+                "reliability": self.reliability(),
                 **about,
                 # How many weights have a Fisher value in [10^n, 10^(n+1)), by n; the rest is exactly zero.
                 "log10_histogram": self.histogram(),

@@ -45,7 +45,7 @@ class Fisher(Op):
 
     makes: ClassVar[Kind] = "mask"
     form: ClassVar[str] = "fisher"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     pins: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     exact: ClassVar[bool] = False  # Sums of float32 depend on the device and its number of threads.
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers", "safetensors")

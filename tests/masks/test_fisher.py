@@ -111,6 +111,7 @@ def test_layer_importance_adds_up(tiny_llama: Path, tmp_path: Path) -> None:
     zeros = sum(int((values == 0).sum()) for values in written.values())
     assert sum(facts["log10_histogram"].values()) + zeros == metrics["parameters"]
     assert facts["zeros"] == zeros
+    assert facts["reliability"] == metrics["reliability"] and 0 < facts["reliability"] < 1
     assert facts["left_out"] == {"lm_head.weight": 1, "model.embed_tokens.weight": 1}
 
 
