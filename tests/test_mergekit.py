@@ -150,17 +150,28 @@ def test_slices_of_other_places_and_gradients_over_a_slice_are_cut_out_first(tmp
 
 
 @pytest.mark.parametrize(
-    ("method", "parameters", "part"),
+    ("method", "parameters", "weight"),
     [
-        ("passthrough", "{scale: [{filter: o_proj, value: 0}, {value: 1}]}", {"scale": {"*o_proj*": 0, "default": 1}}),
-        ("linear", "{weight: 3}", {}),
-        ("linear", "{weight: 3, normalize: false}", {"scale": 3}),
+        ("passthrough", "{scale: [{filter: o_proj, value: 0}, {value: 1}]}", {"*o_proj*": 0, "default": 1}),
+        ("passthrough", "{scale: [0, 2]}", [0, 2]),
+        ("passthrough", "{}", None),
+        ("linear", "{weight: 3}", None),
+        ("linear", "{weight: 3, normalize: false}", 3),
     ],
 )
-def test_a_single_model(method, parameters, part, tmp_path):
+def test_a_single_model(method, parameters, weight, tmp_path):
     text = f"merge_method: {method}\nmodels: [{{model: o/a}}]\nparameters: {parameters}\n"
-    _, stages, _ = imported(text, tmp_path)
-    assert stages["merged"] == {"op": "passthrough", "slices": [{"model": "a"} | part]}
+    _, stages, losses = imported(text, tmp_path)
+    copied = {"op": "passthrough", "slices": [{"model": "a"}]}
+    scaled = {"op": "linear", "models": ["a"], "weights": [weight], "normalize": False}
+    assert stages["merged"] == (copied if weight is None else scaled) and losses == []
+
+
+def test_a_single_model_with_other_tokens(tmp_path):
+    text = "merge_method: passthrough\nmodels: [{model: o/a}]\ntokenizer_source: o/g\n"
+    _, stages, losses = imported(text, tmp_path)
+    expected = {"op": "linear", "models": ["a"], "weights": [1.0], "normalize": False, "tokenizer": "g"}
+    assert stages["merged"] == expected and losses == []
 
 
 def test_a_base_that_is_no_model_of_a_mean_is_one_more_as_in_mergekit(tmp_path):

@@ -178,16 +178,14 @@ class Merge:
         return fields
 
     def copy(self, model: str, settings: Data) -> Data:
-        """One model as it is, or each of its tensors times a factor."""
+        """One model as it is, or each of its tensors times a factor, or with other tokens."""
         scale = self.setting("scale", settings) if self.method == "passthrough" else None
         if self.method == "linear" and self.setting("normalize") is False:
             scale = self.setting("weight", settings)
-        if self.tokenizer:
-            self.into.losses.tell("tokenizer: a single model keeps its own")
-        if scale is not None:
-            self.into.losses.tell_scale(scale)
-        part = {"model": model} | ({} if scale is None else {"scale": scale})
-        return {"op": "passthrough", "slices": [part]} | self.dtype
+        if scale is None and not self.tokenizer:
+            return {"op": "passthrough", "slices": [{"model": model}]} | self.dtype
+        fields = {"op": "linear", "models": [model], "weights": [1.0 if scale is None else scale], "normalize": False}
+        return fields | self.dtype | self.tokenizer
 
     def mended(self, fields: Data) -> Data:
         """The fields where ours and mergekit's are not one to one."""

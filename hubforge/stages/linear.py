@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hubforge.combination import Combination
 from hubforge.errors import StepError
-from hubforge.op import Place
+from hubforge.op import ModelRef, Place
 from hubforge.stages._models import Merge, indexed
 from hubforge.tensors.schedule import Schedule
 
@@ -23,6 +23,9 @@ class Linear(Merge):
     formula: ClassVar[str] = "Σ wᵢ · Wᵢ / Σ wᵢ"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
 
+    models: list[ModelRef] = Field(
+        min_length=1, description="The models, of one architecture; one alone is multiplied, with `normalize: false`."
+    )
     weights: list[Schedule] | None = Field(None, description="One factor per model, any sign; by default all equal.")
     normalize: bool = Field(True, description="Whether to divide by the sum of the weights, which must then not be 0.")
 

@@ -48,6 +48,14 @@ def test_a_weight_of_zero_leaves_the_other_bit_for_bit(tiny_llama, tiny_llama_ot
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_one_model_alone_is_multiplied(tiny_llama, context, run_op, tensors_of):
+    ctx = context(a=("model", tiny_llama))
+    run_op(Linear(models=["a"], weights=[{"mlp": [1.0, 2.0], "default": 0.5}], normalize=False), ctx)
+    before, found = tensors_of(tiny_llama), tensors_of(ctx.out)
+    factors = {name: 0.5 if ".mlp." not in name else 1.0 if ".layers.0." in name else 2.0 for name in before}
+    assert all(torch.equal(found[name], before[name] * factor) for name, factor in factors.items())
+
+
 def test_a_tensor_that_one_lacks(checkpoint_folder, context, run_op, tensors_of):
     one = checkpoint_folder("one", {"a": torch.zeros(2), "b": torch.ones(2)})
     two = checkpoint_folder("two", {"a": torch.ones(2)})
