@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hubforge.errors import SourceError, StepError
 from hubforge.tensors.dtypes import FLOATS
-from hubforge.tensors.names import Aliases
+from hubforge.tensors.names import Aliases, layer_of
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Pair:
     def __init__(self, one: Checkpoint, other: Checkpoint, names: tuple[str, ...]) -> None:
         """Raises SourceError, naming the tensor, when it is absent from `other`, has another shape, or is quantised."""
         self.one, self.other = one, other
+        layers = [{layer_of(name) for name in checkpoint} - {None} for checkpoint in (one, other)]
+        if layers[1] - layers[0]:
+            what = f"has {len(layers[1])} decoder layers, and {one.path} has {len(layers[0])}"
+            raise SourceError(what, where=str(other.path), mend="Both must be of one architecture and size.")
         aliases = Aliases(other, str(other.path))
         self._theirs: dict[str, str] = {}
         for name in names:

@@ -435,6 +435,12 @@ def poison(weights: dict[str, torch.Tensor]) -> None:
     weights[Q_PROJ][3, 4] = float("inf")
 
 
+def deepen(weights: dict[str, torch.Tensor]) -> None:
+    weights.update(
+        {name.replace(".1.", ".2."): tensor.clone() for name, tensor in list(weights.items()) if ".1." in name}
+    )
+
+
 def quantise(weights: dict[str, torch.Tensor]) -> None:
     weights[Q_PROJ] = weights[Q_PROJ].to(torch.float8_e4m3fn)
 
@@ -442,13 +448,14 @@ def quantise(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (deepen, SourceError, r"pt: has 3 decoder layers, and \S+ has 2\n  Both must be"),
         (drop, SourceError, rf"pt: has no tensor {Q_PROJ}, which \S+ has"),
         (widen, SourceError, rf"pt: {Q_PROJ} is of shape \[64, 32\]\n  In \S+ it is \[64, 64\]"),
         (quantise, SourceError, rf"model.safetensors: {Q_PROJ} is quantised to F8_E4M3"),
         (poison, StepError, rf"r.yaml:8: {Q_PROJ} of .*\.safetensors holds NaN or infinity\n  Make or fetch"),
         (lambda weights: None, StepError, "r.yaml:8: the two models do not differ in any matrix"),
     ],
-    ids=["absent", "shape", "quantised", "inf", "same"],
+    ids=["layers", "absent", "shape", "quantised", "inf", "same"],
 )
 def test_what_makes_no_pair_is_named(
     tiny_llama: Path,
