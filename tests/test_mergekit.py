@@ -437,6 +437,7 @@ def test_a_chat_template_of_stacked_layers(tmp_path):
     [
         ("merge_method: linear\nmodels: [{model: a/a}]\nchat_template: vicuna\n", "chat_template is 'vicuna'"),
         ("models: []\n", "has no merge_method"),
+        ("merge_method: linear\nmodels: [{<<: 3, model: a/a}]\n", "<< is 3, not a mapping"),
         ("---\n".join(["merge_method: linear\nmodels: [{model: a/a}]\n"] * 2), "two documents are called 'merged'"),
         ("merge_method: frankenstein\nmodels: [{model: a/a}]\n", "merge_method is 'frankenstein'"),
         ("merge_method: ties\nmodels: [{model: a/a}]\n", "ties needs a base_model"),

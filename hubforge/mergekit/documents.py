@@ -64,7 +64,7 @@ def _documents(text: str, file: str) -> list[Data]:
             marked = marks.parse("\n".join(part) + "\n", file, line=start + 1)
             if marked.errors:
                 raise marked.errors[0]
-            data = _with_merge_keys(marked.data)
+            data = _with_merge_keys(marked.data, file)
             if not isinstance(data, dict) or "merge_method" not in data:
                 mend = "mergekit-moe and evolutionary configurations are of another kind."
                 raise RecipeError("is no merge configuration: it has no merge_method", where=file, mend=mend)
@@ -75,15 +75,17 @@ def _documents(text: str, file: str) -> list[Data]:
     return documents
 
 
-def _with_merge_keys(data: Any) -> Any:
+def _with_merge_keys(data: Any, file: str) -> Any:
     """The data with what YAML 1.1's `<<: *anchor` brings in, as mergekit reads it; a mapping's own keys come first."""
     if isinstance(data, list):
-        return [_with_merge_keys(each) for each in data]
+        return [_with_merge_keys(each, file) for each in data]
     if not isinstance(data, dict):
         return data
-    found = {key: _with_merge_keys(value) for key, value in data.items()}
+    found = {key: _with_merge_keys(value, file) for key, value in data.items()}
     merged = found.pop("<<", {})
     for each in merged if isinstance(merged, list) else [merged]:
+        if not isinstance(each, dict):
+            raise RecipeError(f"<< is {each!r}, not a mapping", where=file, mend="It takes an alias: `<<: *name`.")
         found = {**each, **found}
     return found
 
