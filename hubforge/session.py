@@ -352,7 +352,8 @@ def write_import(config: Path, recipe: Path | None, *, force: bool, must_write: 
         raise RecipeError("--run needs a recipe to write", mend="Name it: hubforge import mergekit.yml my-merge.yaml")
     if recipe is not None and recipe.exists() and not force:
         raise RecipeError("is there already", where=str(recipe), mend="--force overwrites it.")
-    made, notes = import_mergekit(marks.text_of(config, str(config)), str(config))
+    folder = recipe.parent if recipe is not None else Path()
+    made, notes = import_mergekit(marks.text_of(config, str(config)), str(config), folder)
     if recipe is not None:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(made, encoding="utf-8")

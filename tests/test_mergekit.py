@@ -358,6 +358,23 @@ parameters: {weight: 1, nuslerp_flatten: off}
     assert losses == ["given: mergekit itself does not know it"]
 
 
+def test_paths_are_found_from_where_the_recipe_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)  # which could be a repository, too: mergekit takes the folder
+    models = ["models/mine", "./models/other", "../out", "/abs", "org/name"]
+    text = (
+        f"merge_method: linear\nmodels: [{', '.join(f'{{model: {m}}}' for m in models)}]\nparameters: {{weight: 1}}\n"
+    )
+    text += "dtype: torch.bfloat16\n"
+    (tmp_path / "mergekit.yml").write_text(text)
+    recipe, losses = write_import(Path("mergekit.yml"), Path("recipes/my.yaml"), force=False, must_write=True)
+    found = [source["model"] for source in yaml.safe_load(recipe)["sources"].values()]
+    assert found == ["../models/mine", "../models/other", "../../out", "/abs", "org/name"]
+    assert yaml.safe_load(recipe)["stages"]["merged"]["dtype"] == "bfloat16" and losses == []
+    beside = [source["model"] for source in yaml.safe_load(import_mergekit(text)[0])["sources"].values()]
+    assert beside[:3] == ["./models/mine", "./models/other", "../out"]
+
+
 def test_names_of_models_become_names_of_a_recipe(tmp_path):
     text = "merge_method: linear\nmodels: [{model: x/模型}, {model: ./-été-}]\nparameters: {weight: 1}\n"
     assert list(imported(text, tmp_path)[0]) == ["model", "t"]

@@ -7,6 +7,7 @@ adapters (`model+lora`), revisions (`model@v1`), tokenizers, and several documen
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,12 +39,13 @@ _OF_SLICE, _OF_MODEL = {"sources", "base_model", "parameters"}, {"model", "layer
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
-def import_mergekit(text: str, file: str = "mergekit.yml") -> tuple[str, list[str]]:
+def import_mergekit(text: str, file: str = "mergekit.yml", folder: Path = Path()) -> tuple[str, list[str]]:
     """A recipe that does what the configuration says, as YAML; and, a sentence each, what it does not carry over.
 
+    folder: where the recipe will lie; paths of the configuration are relative to the working folder, as in mergekit.
     Raises RecipeError for what is no configuration of mergekit, or one that no recipe can follow.
     """
-    found = _Import(file, _documents(text, file))
+    found = _Import(file, _documents(text, file), folder)
     try:
         final = found.all_stages()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -96,6 +98,7 @@ class _Import:
 
     file: str
     documents: list[Data]
+    folder: Path
     sources: dict[str, Data] = field(default_factory=dict)
     stages: dict[str, Data] = field(default_factory=dict)
     losses: Losses = field(default_factory=Losses)
@@ -183,6 +186,7 @@ class _Import:
         dtype = document.get("out_dtype") or document.get("dtype")
         if dtype is None:
             return {}
+        dtype = str(dtype).removeprefix("torch.")
         if dtype not in ("bfloat16", "float16", "float32"):
             self.losses.tell(f"dtype {dtype}: each tensor keeps its own")
             return {}
@@ -287,8 +291,11 @@ class _Import:
 
     def source(self, kind: str, path: str) -> str:
         path, _, revision = path.partition("@")
-        is_repo = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path, re.ASCII)
-        value = path if is_repo or path.startswith(("./", "../", "/", "~")) else f"./{path}"
+        is_repo = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", path, re.ASCII) and not Path(path).is_dir()
+        value = path
+        if not is_repo and not path.startswith(("/", "~")):
+            inside = os.path.relpath(path, self.folder)
+            value = inside if inside.startswith("..") else f"./{inside}"
         name = self.free(path)
         self.sources[name] = {kind: value} | ({"revision": revision} if revision else {})
         return name
