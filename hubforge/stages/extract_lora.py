@@ -51,7 +51,7 @@ class ExtractLora(Op):
     """
 
     makes: ClassVar[Kind] = "adapter"
-    version: ClassVar[int] = 2  # Another eigensolver.
+    version: ClassVar[int] = 3  # Another eigensolver where few directions are kept.
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits, and a vector's sign, depend on the processor.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy", "scipy", "safetensors")

@@ -56,7 +56,7 @@ class MergeAdapters(Op):
     """
 
     makes: ClassVar[Kind] = "adapter"
-    version: ClassVar[int] = 2  # Another eigensolver.
+    version: ClassVar[int] = 3  # Another eigensolver where few directions are kept.
     pins: ClassVar[tuple[str, ...]] = ("torch", "scipy")
     exact: ClassVar[bool] = False  # LAPACK's last bits depend on the processor; the ways without svd are exact.
     requires: ClassVar[tuple[str, ...]] = ("torch", "numpy", "scipy")

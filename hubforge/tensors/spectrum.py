@@ -1,27 +1,33 @@
 """The leading singular vectors of one matrix, by the eigenvectors of its Gram matrix on the smaller side.
 
-No randomized method: the spectra of fine-tuning deltas decay slowly, and there such methods return another subspace
-while the captured energy still reads .999. The Gram matrix is summed in float64, since it squares the condition number.
-Its eigenvectors are taken in float32 and refined in float64 (Rayleigh-Ritz, with some vectors to spare), unless the
-spectrum is too steep for that. They count only when a bound on the angle says so; else LAPACK finds them in float64.
+The spectra of fine-tuning deltas decay slowly, and there randomized methods of a few products return another subspace
+while the captured energy still reads .999. So eigenvectors are found in float32, a few by block Lanczos (`krylov.py`),
+many by LAPACK, and refined in float64 (Rayleigh-Ritz, with some vectors to spare), unless the spectrum is too steep for
+that. They count only when a bound on the angle says so; else LAPACK finds them in float64, of the Gram matrix summed in
+float64, since it squares the condition number.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from hubforge.errors import StepError
+from hubforge.tensors.krylov import Rough, few_leading
 
 if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
 _BLOCK = 1 << 22  # elements turned into float64 at once
+_SQUARED = 1 << 16  # elements squared at once, within the cache
 _RESIDUAL = 1e-9  # of the largest eigenvalue: LAPACK in float64 leaves 1e-13 or so
 _ANGLE = 1e-4  # the bound up to which refined vectors count as found
 _STEEP = 32  # k over the effective rank from which float32 has lost the small eigenvalues: not worth a try
+_FEW = 20  # times the vectors wanted: in a matrix at least as large they are sought alone
 _ROUNDS = 2  # of refinement; each multiplies the error by λ of the first vector left out over λ of the last wanted
 _NOISE = 3e-5  # how far float32 products may turn the weakest direction of the far side
 
@@ -36,7 +42,7 @@ class Leading:
     energy: float  # ‖W‖², in the squared Frobenius norm
     residual: float  # ‖G·E − E·Λ‖ / λ₁ of the Gram matrix G and its eigenvectors E: how exact the solver was
     angle_bound: float  # of the sine of the largest angle to the true subspace; 1 where it says nothing
-    solver: Literal["refined", "exact"] = "exact"
+    solver: Literal["krylov", "refined", "exact"] = "exact"
 
     @property
     def rank(self) -> int:
@@ -56,7 +62,7 @@ class Pairs:
     vectors: numpy.ndarray  # (m, k)
     residual: float  # ‖G·E − E·Λ‖
     angle: float  # bound on the sine of the largest angle, at most 1
-    solver: Literal["refined", "exact"]
+    solver: Literal["krylov", "refined", "exact"]
 
 
 def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
@@ -81,21 +87,32 @@ def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
 
 def eigenpairs(wide: Tensor, rank: int, energy: float | None = None) -> tuple[Pairs | None, float]:
     """The leading eigenpairs of W·Wᵀ, and its trace, for W with no more rows than columns; None for a W of zeros."""
-    import numpy
 
     m = wide.shape[0]
-    G = _gram(wide)
-    total = float(numpy.trace(G))
+    total = _energy(wide)
     if not math.isfinite(total):
         raise StepError("the difference is not finite")
     if total == 0:
         return None, total
     k = min(rank, m)
     spare = max(16, k // 4)
+    if _FEW * (k + spare) <= m:
+        G = _gram(wide, "float32")
+        if k < _STEEP * _effective_rank(G, total) and (rough := few_leading(G, k, spare)):
+            close = Rough(_through(wide, rough.vectors), rough.beyond)
+            if found := _refined(close, lambda Q: _through(wide, Q), m, k, energy, total):
+                return replace(found, solver="krylov"), total
+    G = _gram(wide, "float64")
     found = None
     if 2 * (k + spare) < m and k < _STEEP * _effective_rank(G, total):
-        found = _refined(G, k, spare, energy, total)
+        found = _refined(_many_leading(G, k + spare), partial(_times, G), m, k, energy, total)
     return found or _exact(G, k, energy, total), total
+
+
+def _energy(W: Tensor) -> float:
+    """‖W‖², summed in float64: what little is lost by keeping few directions is told from it."""
+    flat = (W if W.is_contiguous() else W.T).reshape(-1)
+    return sum(float(some.dot(some)) for some in (part.double() for part in flat.split(_SQUARED)))
 
 
 def _effective_rank(G: numpy.ndarray, total: float) -> float:
@@ -106,20 +123,13 @@ def _effective_rank(G: numpy.ndarray, total: float) -> float:
     return total**2 / squares
 
 
-def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: float) -> Pairs | None:
-    """Eigenvectors in float32, k and some to spare, refined in float64; None unless the bound on the angle is small.
-
-    With X the Ritz vectors kept, Y the others at hand and Z all that is left, G is block diagonal but for the residuals
-    R₁ = ZᵀGX and R₂ = ZᵀGY. To first order in R₁ the true subspace leans from X towards Z by ‖R₁‖ / (θ_k − c), c the
-    largest eigenvalue of ZᵀGZ, and by way of Z towards Y by ‖R₂‖ / (θ_k − θ_k+1) times that. Davis and Kahan's bound
-    knows only the small gap, θ_k − θ_k+1. c is the next eigenvalue in float32, plus what float32 may be wrong by.
-    """
+def _many_leading(G: numpy.ndarray, wanted: int) -> Rough:
+    """So many leading eigenvectors in float32, by LAPACK, which goes over all of G's."""
     import numpy
     from scipy.linalg import eigh
-    from scipy.linalg.blas import dsymm
 
-    m, wanted = len(G), k + spare
-    rough, E = eigh(
+    m = len(G)
+    values, vectors = eigh(
         G.astype(numpy.float32),
         lower=True,
         subset_by_index=[m - wanted - 1, m - 1],
@@ -127,11 +137,26 @@ def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: 
         overwrite_a=True,
         check_finite=False,
     )
-    beyond = float(rough[0]) + 16 * float(numpy.finfo(numpy.float32).eps) * float(rough[-1])
-    basis = E[:, 1:].astype(numpy.float64)
+    beyond = float(values[0]) + 16 * float(numpy.finfo(numpy.float32).eps) * float(values[-1])
+    return Rough(vectors[:, 1:], beyond)
+
+
+def _refined(
+    rough: Rough, multiply: Callable[[numpy.ndarray], numpy.ndarray], m: int, k: int, energy: float | None, total: float
+) -> Pairs | None:
+    """Rough eigenvectors of G, k and some to spare, refined in float64; None unless the bound on the angle is small.
+
+    multiply: G·Q in float64. With X the Ritz vectors kept, Y the others at hand and Z all that is left, G is block
+    diagonal but for the residuals R₁ = ZᵀGX and R₂ = ZᵀGY. To first order in R₁ the true subspace leans from X towards
+    Z by ‖R₁‖ / (θ_k − c), c the largest eigenvalue of ZᵀGZ, and by way of Z towards Y by ‖R₂‖ / (θ_k − θ_k+1) times
+    that. Davis and Kahan's bound knows only the small gap, θ_k − θ_k+1. c is `rough.beyond`.
+    """
+    import numpy
+
+    basis = rough.vectors.astype(numpy.float64)
     for _ in range(_ROUNDS):
         Q, _ = numpy.linalg.qr(basis)
-        basis = dsymm(1.0, G, numpy.asfortranarray(Q), lower=1)
+        basis = multiply(Q)
         values, turn = numpy.linalg.eigh(Q.T @ basis)
         values, turn = values[::-1], turn[:, ::-1]
         kept = _enough(values[:k], energy, total, m)
@@ -140,17 +165,39 @@ def _refined(G: numpy.ndarray, k: int, spare: int, energy: float | None, total: 
         # All of Y's residual and X's: ‖GQ‖² = ‖QᵀGQ‖² + ‖R‖².
         others = math.sqrt(max(float(numpy.vdot(basis, basis)) - float(values @ values), 0.0))
         first += float(numpy.finfo(numpy.float64).eps) * total
-        outside, inside = float(values[kept - 1]) - beyond, float(values[kept - 1] - values[kept])
+        outside, inside = float(values[kept - 1]) - rough.beyond, float(values[kept - 1] - values[kept])
         if outside > 0 and inside > 0 and (angle := first / outside * (1 + others / inside)) <= _ANGLE:
             return Pairs(values[:kept], X, first, angle, "refined")
     return None
+
+
+def _times(G: numpy.ndarray, Q: numpy.ndarray) -> numpy.ndarray:
+    """G·Q, float64; G is read by its lower triangle."""
+    import numpy
+    from scipy.linalg.blas import dsymm
+
+    product: numpy.ndarray = dsymm(1.0, G, numpy.asfortranarray(Q), lower=1)
+    return product
+
+
+def _through(wide: Tensor, Q: numpy.ndarray) -> numpy.ndarray:
+    """W·(Wᵀ·Q) in the dtype of Q, over blocks of columns of W: more exact than by way of the Gram matrix."""
+    import torch
+
+    left = torch.from_numpy(Q).T.contiguous()  # As rows: MKL multiplies few of them twice as fast as few columns.
+    product = torch.zeros_like(left)
+    step = max(1, _BLOCK // 4 // wide.shape[0])
+    for first in range(0, wide.shape[1], step):
+        some = wide[:, first : first + step].to(left.dtype)
+        product.addmm_(left @ some, some.T)
+    found: numpy.ndarray = product.T.numpy()
+    return found
 
 
 def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> Pairs:
     """Eigenvectors in float64, and Davis and Kahan's bound: residual over the gap to the next eigenvalue."""
     import numpy
     from scipy.linalg import eigh
-    from scipy.linalg.blas import dsymm
 
     m = len(G)
     lowest = max(m - k - 1, 0)  # One more than asked for, to see the gap.
@@ -159,8 +206,7 @@ def _exact(G: numpy.ndarray, k: int, energy: float | None, total: float) -> Pair
     kept = _enough(values[:k], energy, total, m)
     following = float(max(values[kept], 0.0)) if kept < m else 0.0
     values, vectors = values[:kept], vectors[:, :kept].copy()
-    product = dsymm(1.0, G, numpy.asfortranarray(vectors), lower=1)
-    residual = float(numpy.linalg.norm(product - vectors * values))
+    residual = float(numpy.linalg.norm(_times(G, vectors) - vectors * values))
     if residual > _RESIDUAL * values[0]:
         raise StepError(f"the eigensolver did not converge: residual {residual / values[0]:.1e} of the largest value")
     # Rounding in the Gram matrix itself counts as residual too.
@@ -179,24 +225,25 @@ def _enough(values: numpy.ndarray, energy: float | None, total: float, m: int) -
     return kept
 
 
-def _gram(wide: Tensor) -> numpy.ndarray:
-    """The lower triangle of W Wᵀ, float64, summed over blocks of columns; zeros above it."""
+def _gram(wide: Tensor, dtype: str) -> numpy.ndarray:
+    """The lower triangle of W Wᵀ, summed over blocks of columns; zeros above it."""
     import numpy
     import torch
-    from scipy.linalg.blas import dsyrk
+    from scipy.linalg import blas
 
     m, n = wide.shape
-    G = numpy.zeros((m, m), order="F")
+    G = numpy.zeros((m, m), dtype, order="F")
     step = max(1, _BLOCK // m)
     # One buffer throughout: fresh pages for each block cost a tenth of the whole. BLAS wants columns, and a block
     # whose rows are contiguous goes in as its transpose, uncopied.
     by_rows = wide.is_contiguous()
-    buffer = torch.empty(m * min(step, n), dtype=torch.float64)
+    buffer = torch.from_numpy(numpy.empty(m * min(step, n), dtype))
+    add = blas.dsyrk if dtype == "float64" else blas.ssyrk
     for first in range(0, n, step):
         some = wide[:, first : first + step]
         block = buffer[: some.numel()].view(some.shape if by_rows else some.shape[::-1])
         block.copy_(some if by_rows else some.T)
-        G = dsyrk(1.0, block.numpy().T, beta=1.0, c=G, trans=int(by_rows), lower=1, overwrite_c=1)
+        G = add(1.0, block.numpy().T, beta=1.0, c=G, trans=int(by_rows), lower=1, overwrite_c=1)
     return G
 
 

@@ -1,0 +1,99 @@
+"""Block Lanczos: a few leading eigenvectors, and what a random block would miss."""
+
+import numpy as np
+import pytest
+import torch
+
+from hubforge.tensors import krylov, spectrum
+from hubforge.tensors.krylov import few_leading
+from hubforge.tensors.spectrum import leading
+
+SIZE = 800
+SPECTRA = {
+    "gap": np.r_[np.linspace(2, 1, 12), np.linspace(0.3, 0.1, SIZE - 12)],
+    "half": np.arange(1.0, SIZE + 1) ** -0.5,
+    "one": np.arange(1.0, SIZE + 1) ** -1.0,
+    "flat": np.linspace(1, 0.5, SIZE),
+    "cluster": np.r_[np.full(40, 1.0), np.linspace(0.3, 0.1, SIZE - 40)],
+    "many": np.r_[np.full(24, 1.0), np.linspace(0.3, 0.1, SIZE - 24)],  # more of one kind than vectors in a block
+}
+
+
+def matrix(values, columns=1000, seed=0):
+    """float32, with these singular values and random singular vectors, of which the left ones come with it."""
+    draw = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(draw.standard_normal((n, len(values))))[0] for n in (len(values), columns))
+    return ((left * values) @ right.T).astype(np.float32), left
+
+
+def sine(found, true):
+    found = np.asarray(found, np.float64)
+    return np.linalg.norm(found - true @ (true.T @ found), 2)
+
+
+@pytest.mark.parametrize("name", ["gap", "half", "one"])
+def test_a_few_leading_eigenvectors_come_out(name):
+    W, left = matrix(SPECTRA[name])
+    found = few_leading(np.asfortranarray(W @ W.T), 12, 16)
+    assert sine(left[:, :12], np.linalg.qr(found.vectors.astype(np.float64))[0]) < 1e-4
+    assert SPECTRA[name][28] ** 2 < found.beyond < SPECTRA[name][11] ** 2
+
+
+def test_only_the_lower_triangle_is_read():
+    G = np.asfortranarray((W := matrix(SPECTRA["half"])[0]) @ W.T)
+    assert np.array_equal(few_leading(np.tril(G), 12, 16).vectors, few_leading(G, 12, 16).vectors)
+
+
+def test_an_eigenvector_that_the_start_lacks_is_missed_and_noticed(monkeypatch):
+    """What is missing would be larger than what is left: the second block sees it."""
+    W, left = matrix(SPECTRA["gap"])
+    first, real = left[:, :1].astype(np.float32), krylov._random
+    monkeypatch.setattr(
+        krylov, "_random", lambda m, which: real(m, which) - (first @ (first.T @ real(m, which)) if which == 0 else 0)
+    )
+    # Rounding brings the first one back, sooner or later: take it away throughout.
+    G = np.asfortranarray(W @ W.T)
+    seen = G - SPECTRA["gap"][0] ** 2 * (first @ first.T)
+    looked = krylov._largest_left
+    monkeypatch.setattr(krylov, "_largest_left", lambda _, vectors: looked(G, vectors))
+    assert few_leading(np.asfortranarray(seen), 11, 16) is None
+    monkeypatch.setattr(krylov, "_largest_left", looked)
+    assert few_leading(np.asfortranarray(seen), 11, 16) is not None
+
+
+def test_a_spectrum_that_does_not_fall_is_given_up():
+    W, _ = matrix(SPECTRA["flat"])
+    assert few_leading(np.asfortranarray(W @ W.T), 12, 16) is None
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize(
+    ("name", "k", "solver"),
+    [
+        ("gap", 12, "krylov"),
+        ("half", 12, "krylov"),
+        ("one", 12, "krylov"),
+        ("flat", 12, "refined"),
+        ("cluster", 24, "exact"),
+        ("many", 24, "krylov"),
+    ],
+)
+def test_the_subspace_is_that_of_a_float64_svd(name, k, solver, tall):
+    W, left = matrix(SPECTRA[name])
+    found = leading(torch.from_numpy(W.T.copy() if tall else W), k)
+    near = found.V if tall else found.U
+    if name == "cluster":  # any 24 of 40, which only rounding tells apart
+        assert sine(near, left[:, :40]) < 1e-6 and found.angle_bound > 1e-4
+    else:
+        assert sine(near, left[:, :k]) < found.angle_bound + 1e-6 < 1.1e-4
+    assert found.solver == solver
+    assert found.energy == pytest.approx(float((SPECTRA[name] ** 2).sum()), rel=1e-6)
+    torch.testing.assert_close(near.T @ near, torch.eye(k), rtol=0, atol=1e-6)
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    W = torch.from_numpy(matrix(SPECTRA["half"])[0])
+    whole = leading(W, 12)
+    monkeypatch.setattr(spectrum, "_BLOCK", 30_000)
+    assert sine(leading(W, 12).U, whole.U.double().numpy()) < 1e-6
+    assert sine(leading(W.T.contiguous(), 12).V, whole.U.double().numpy()) < 1e-6
