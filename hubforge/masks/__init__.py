@@ -20,7 +20,8 @@ def load(
     """The masks of one model: those in a local folder, or in a repository on the Hub (only what is needed is fetched).
 
     name: the folder inside it that belongs to the model, such as "g4-31b-it". endpoint: of another Hub than the
-    client's own. Tensors are read when asked for.
+    client's own. Tensors are read when asked for, and the files of a kind fetched when one of it is first asked for: a
+    subspace costs no download of the Fisher beside it.
     Raises SourceError, naming the folders there are, when there is no mask.
     """
     from hubforge.masks._published import open_mask

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,9 @@ from hubforge.tensors.reader import Checkpoint, open_checkpoint, read_header, re
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+KINDS = ("fisher", "subspace", "gate")  # what the files are called
 
 
 class Directions(NamedTuple):
@@ -32,19 +36,50 @@ class Mask(Mapping[str, "Tensor"]):
     (`model.layers.…`, `model.language_model.layers.…`). Close it, or use it as a context manager.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, fetch: Callable[[str], None] | None = None) -> None:
+        """fetch: brings the files of a kind into the folder when they are first asked for; None: what is, is there."""
+        self.folder, self._fetch = folder, fetch
         self._stack = ExitStack()
-        self._fisher = self._open("fisher")
-        self._subspace = self._open("subspace")
-        self._gate = self._open("gate")
-        self._weights = Aliases(self._fisher or (), str(folder))
-        self._gated = Aliases(self._gate or (), str(folder))
-        matrices = (name.removesuffix(".S") for name in self._subspace or () if name.endswith(".S"))
-        self._matrices = dict.fromkeys(matrices)
-        self._spanned = Aliases(self._matrices, str(folder))
+        self._opened: dict[str, Checkpoint | None] = {}
+        for stem in KINDS if fetch is None else ():
+            self._open(stem)  # What is damaged is told at once.
 
     def _open(self, stem: str) -> Checkpoint | None:
+        if stem not in self._opened:
+            if self._fetch is not None:
+                self._fetch(stem)
+            self._opened[stem] = self._found(stem)
+        return self._opened[stem]
+
+    @property
+    def _fisher(self) -> Checkpoint | None:
+        return self._open("fisher")
+
+    @property
+    def _subspace(self) -> Checkpoint | None:
+        return self._open("subspace")
+
+    @property
+    def _gate(self) -> Checkpoint | None:
+        return self._open("gate")
+
+    @cached_property
+    def _weights(self) -> Aliases:
+        return Aliases(self._fisher or (), str(self.folder))
+
+    @cached_property
+    def _gated(self) -> Aliases:
+        return Aliases(self._gate or (), str(self.folder))
+
+    @cached_property
+    def _matrices(self) -> dict[str, None]:
+        return dict.fromkeys(name.removesuffix(".S") for name in self._subspace or () if name.endswith(".S"))
+
+    @cached_property
+    def _spanned(self) -> Aliases:
+        return Aliases(self._matrices, str(self.folder))
+
+    def _found(self, stem: str) -> Checkpoint | None:
         single, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
         if single.is_file():
             return self._stack.enter_context(open_checkpoint(single))
@@ -128,23 +163,26 @@ class Mask(Mapping[str, "Tensor"]):
 def open_mask(repo_or_folder: str | Path, name: str | None, revision: str | None, endpoint: str | None) -> Mask:
     if name is not None and (PurePosixPath(name).is_absolute() or {"..", "*", "?", "["} & {*name.split("/"), *name}):
         raise SourceError(f"{name!r} is not the name of a folder inside", where=str(repo_or_folder))
-    folder = Path(repo_or_folder)
+    folder, fetch = Path(repo_or_folder), None
     if folder.is_dir():
-        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        files = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+        if name is not None and (folder / name).is_dir():
+            files += [f"{name}/{path.name}" for path in (folder / name).iterdir()]
     else:
-        folder, files = _fetch(str(repo_or_folder), name, revision, endpoint)
-    if name is not None and not (folder / name).is_dir():
+        folder, files, fetch = _on_hub(str(repo_or_folder), name, revision, endpoint)
+    level = [path.rpartition("/")[2] for path in files if path.rpartition("/")[0] == (name or "")]
+    if name is not None and not level and not (folder / name).is_dir():
         raise SourceError(f"there is no mask {name!r}", where=str(repo_or_folder), mend=_others(files, name))
     inside = folder / name if name is not None else folder
-    if not any(is_mask(path.name) for path in inside.iterdir()):
+    if not any(is_mask(file) for file in level):
         what = "neither fisher.safetensors, subspace.safetensors nor gate.safetensors is here"
         raise SourceError(what, where=str(inside), mend=_others(files, name))
-    return Mask(inside)
+    return Mask(inside, fetch)
 
 
 def is_mask(file: str) -> bool:
     stem, _, rest = file.partition(".")
-    return stem in ("fisher", "subspace", "gate") and rest in ("safetensors", "safetensors.index.json", "pt")
+    return stem in KINDS and rest in ("safetensors", "safetensors.index.json", "pt")
 
 
 def _others(files: Iterable[str], name: str | None) -> str:
@@ -156,23 +194,35 @@ def _others(files: Iterable[str], name: str | None) -> str:
     return f"Folders with one: {', '.join(there)}." + (f" Did you mean {close[0]!r}?" if close else "")
 
 
-def _fetch(repo: str, name: str | None, revision: str | None, endpoint: str | None) -> tuple[Path, list[str]]:
-    """A local copy, in the Hub's cache, of the files at one level of a repository; and the names of all it has."""
+def _on_hub(
+    repo: str, name: str | None, revision: str | None, endpoint: str | None
+) -> tuple[Path, list[str], Callable[[str], None]]:
+    """Where a repository's copy is, in the Hub's cache; the files it has there; and what fetches those of a kind."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
     api = HfApi(endpoint=endpoint)
     try:
         with hub_errors("mask", repo, ""):
-            files = api.list_repo_files(repo, revision=revision)
-            level = [path for path in files if path.rpartition("/")[0] == (name or "")]
-            wanted = [path for path in level if path.endswith((".safetensors", ".json"))]
-            if not any(path.endswith(".safetensors") for path in wanted):
-                wanted += [path for path in level if path.endswith(".pt")]
-            # An empty list of patterns would mean everything.
-            return Path(api.snapshot_download(repo, revision=revision, allow_patterns=wanted or ["none"])), files
+            info = api.model_info(repo, revision=revision)
+            commit, files = str(info.sha), [entry.rfilename for entry in info.siblings or ()]
+            level = {path: path.rpartition("/")[2] for path in files if path.rpartition("/")[0] == (name or "")}
     except HFValidationError as error:
         raise SourceError(f"{repo!r} is neither a folder nor a repository", where=repo) from error
+
+    def fetch(wanted: list[str]) -> Path:
+        with hub_errors("mask", repo, ""):
+            # Of one commit throughout. An empty list of patterns would mean everything.
+            return Path(api.snapshot_download(repo, revision=commit, allow_patterns=wanted or ["none"]))
+
+    def fetch_kind(stem: str) -> None:
+        own = [path for path, file in level.items() if file.startswith((f"{stem}.", f"{stem}-"))]
+        tensors = [path for path in own if path.endswith((".safetensors", ".safetensors.index.json"))]
+        if wanted := tensors or [path for path in own if path.endswith(".pt")]:
+            fetch(wanted)
+
+    described = [path for path, file in level.items() if file.endswith(".json") and not is_mask(file)]
+    return fetch(described), files, fetch_kind
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -126,7 +126,18 @@ def test_only_the_named_folder_is_fetched(
     api.create_repo("me/masks")
     api.upload_folder(repo_id="me/masks", folder_path=repository)
     with hubforge.masks.load("me/masks", "tiny", endpoint=local_hub.endpoint) as mask:
+
+        def there() -> list[str]:
+            return sorted(path.name for path in mask.folder.iterdir())
+
+        # A Fisher of 31B is 58 GB: whoever wants directions alone does not fetch it.
+        assert mask.layers[0]["count"] == 4 and there() == ["layer_importance.json"]
+        assert mask.directions(UP).U.shape == (128, 4)
+        assert there() == ["layer_importance.json", "subspace.safetensors"]
+        with pytest.raises(KeyError):
+            mask.gate(UP)
         assert mask[UP].shape == (128, 64)
+        assert there() == ["fisher.safetensors", "layer_importance.json", "subspace.safetensors"]
         assert sorted(path.name for path in mask.folder.parent.iterdir()) == ["tiny"]
     with pytest.raises(SourceError, match=r"Folders with one: other, tiny. Did you mean 'tiny'?"):
         hubforge.masks.load("me/masks", "tini", endpoint=local_hub.endpoint)
