@@ -16,7 +16,8 @@ from hubforge.errors import SourceError, StepError
 from hubforge.models import read_config
 from hubforge.op import Context, Kind, Metrics, ModelRef, Op
 from hubforge.rows import some
-from hubforge.tensors.adapter import Adapter, AdapterConfig
+from hubforge.tensors.adapter import Adapter
+from hubforge.tensors.adapter_config import AdapterConfig
 from hubforge.tensors.adapter_writer import Merged, merge_adapters
 from hubforge.tensors.dtypes import FLOATS
 from hubforge.tensors.low_rank import reduce_matrix, summary, write_ranks

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from hubforge.errors import StepError
 from hubforge.op import AdapterRef, Context, Kind, Metrics, Op
-from hubforge.tensors.adapter import CONFIG, Adapter, delta, open_adapter
+from hubforge.tensors.adapter import Adapter, delta, open_adapter
+from hubforge.tensors.adapter_config import CONFIG
 from hubforge.tensors.adapter_writer import Merged, align, merge_adapters
 from hubforge.tensors.low_rank import LowRank, reduce_matrix, reduce_product, summary, write_ranks
 from hubforge.tensors.peft_merge import Method, SignMethod, combine, generator_for, signed_roots

@@ -114,6 +114,11 @@ def test_a_module_the_base_lacks(adapter_folder, checkpoint_folder):
     [
         ({"use_dora": "yes"}, "use_dora is 'yes', not true or false"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list of names"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is .1, 2., which is not supported"),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            "init_lora_weights is 'pissa_niter_16': it was trained beside a base",
+        ),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"lora_bias": True}, "lora_bias is True"),
