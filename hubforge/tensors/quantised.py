@@ -74,6 +74,7 @@ def dequantised(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint
         name = next((info.name + suffix for suffix in _SUFFIXES if info.name + suffix in checkpoint), None)
         if name is None:
             what = f"tensor {info.name!r} is {info.dtype} and has no {info.name.rpartition('.')[2]}_scale"
+            what += f"; its model is quantised by {method}" if (method := quantised_by(config)) else ""
             raise SourceError(what, where=str(info.file), mend=_MEND)
         used.add(name)
         scales[info.name] = _scales(info, checkpoint.info(name), config)

@@ -94,3 +94,11 @@ def test_a_merge_of_them_is_a_plain_model(checkpoint_folder, context, run_op, te
 def test_scales_that_do_not_fit(tensors, message, checkpoint_folder):
     with pytest.raises(SourceError, match=message):
         open_model(checkpoint_folder("q", tensors))
+
+
+def test_scales_in_eight_bits_of_packed_weights_are_named_by_their_method(checkpoint_folder):
+    tensors = {"x.weight_packed": torch.ones(4, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(4, 1).to(FP8)}
+    config = {"model_type": "toy", "quantization_config": {"quant_method": "compressed-tensors"}}
+    message = "'x.weight_scale' is F8_E4M3 and has no .*; its model is quantised by compressed-tensors"
+    with pytest.raises(SourceError, match=message):
+        open_model(checkpoint_folder("nvfp4", tensors, config=config))
