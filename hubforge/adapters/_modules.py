@@ -11,7 +11,7 @@ from typing import Any
 
 from hubforge.errors import StepError
 from hubforge.rows import some
-from hubforge.tensors.names import layer_of, natural_order
+from hubforge.tensors.names import is_dead, layer_of, natural_order
 from hubforge.tensors.reader import open_checkpoint
 
 # From the start of the name, so that a vision tower's layers, which have the same names inside, are not hit.
@@ -68,13 +68,16 @@ def _nothing(what: str, target: str, shapes: Mapping[str, Any], where: str) -> S
     return StepError(f"target_modules {what}", where=where, mend=f"Its layers have {', '.join(leaves)}.{guess}")
 
 
-def in_checkpoint(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Modules with a weight, by name, as a checkpoint's headers show them before any model is built."""
+def in_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Modules with a weight, by name, as a checkpoint's headers show them before any model is built.
+
+    config: its config.json. Dead keys and values are left out, as the model that is built has none.
+    """
     with open_checkpoint(folder) as checkpoint:
         found = {
             name.removesuffix(".weight"): info.shape
             for name, info in checkpoint.tensors.items()
-            if name.endswith(".weight")
+            if name.endswith(".weight") and not is_dead(name, config)
         }
     # A clipped linear of Gemma's towers wraps the one with the weight; PEFT would meet the wrapper by its name.
     return found | {name.removesuffix(".linear"): () for name in found if name.endswith(".linear")}

@@ -192,8 +192,7 @@ class Lora(Op):
         self._check_tokenizer(ctx)
         shapes: Mapping[str, tuple[int, ...]] = {}
         if self.model in ctx.inputs:
-            read_config(ctx.path(self.model))
-            every = in_checkpoint(ctx.path(self.model))
+            every = in_checkpoint(ctx.path(self.model), read_config(ctx.path(self.model)))
             shapes = {name: every[name] for name in select(every, self.target_modules, self.rank, ctx.where)}
         if self.protect is not None and self.protect in ctx.inputs:
             mask = Subspaces(ctx.path(self.protect), str(self.protect))

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hubforge.errors import StepError
-from hubforge.tensors.names import layer_of, natural_order
+from hubforge.tensors.names import is_dead, natural_order
 
 LINEARS = (
     r"^(?:model\.|language_model\.)*layers\.\d+\."
     r"(?:self_attn\.(?:q|k|v|o|qkv)_proj|mlp\.(?:gate|up|down|gate_up)_proj)\.weight$"
 )
-_KEY_VALUE = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.")
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,6 @@ def select(
         raise StepError(f"no matrix of the model matches targets {targets!r}", where=where, mend=f"Matrices: {some}.")
     chosen = set(names)
     return Targets(tuple(sorted(names, key=natural_order)), grouped(name for name in matrices if name not in chosen))
-
-
-def is_dead(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether this is a key or value weight of a layer that shares an earlier layer's keys and values."""
-    text = config.get("text_config") or config
-    shared, layer = text.get("num_kv_shared_layers") or 0, layer_of(name)
-    if not shared or layer is None or not _KEY_VALUE.search(name):
-        return False
-    return layer >= int(text["num_hidden_layers"]) - int(shared)
 
 
 def grouped(names: Iterable[str]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from hubforge.tensors.adapter_config import AdapterConfig
 from hubforge.tensors.adapter_writer import Merged, merge_adapters
 from hubforge.tensors.dtypes import FLOATS
 from hubforge.tensors.low_rank import reduce_matrix, summary, write_ranks
-from hubforge.tensors.names import Aliases, layer_of, natural_order
+from hubforge.tensors.names import Aliases, is_dead, layer_of, natural_order
 from hubforge.tensors.quantised import open_model
 from hubforge.tensors.reader import Checkpoint, read_header
 from hubforge.tensors.rounding import is_finite
@@ -113,7 +113,7 @@ class ExtractLora(Op):
     def _pairs(self, ctx: Context, tuned: Checkpoint, base: Checkpoint) -> dict[str, str]:
         """The fine-tuned model's name of each tensor to cover, by the base's; all checked."""
         wanted, config = re.compile(self.targets or LINEARS), read_config(ctx.path(self.base_model))
-        names = [name for name in base if wanted.search(name) and not _is_dead(name, config)]
+        names = [name for name in base if wanted.search(name) and not is_dead(name, config)]
         if self.targets is None:
             names = [name for name in names if layer_of(name) is not None]
         if not names:
@@ -252,12 +252,3 @@ def _targets(modules: list[str], base: Checkpoint) -> list[str]:
     weights = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
     meant = {name for name in weights if name.rpartition(".")[2] in last}
     return sorted(last) if meant == set(modules) else modules
-
-
-def _is_dead(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether it is a key or value weight of a layer that shares an earlier layer's: the model has no such module."""
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    shared, layers, layer = text.get("num_kv_shared_layers"), text.get("num_hidden_layers"), layer_of(name)
-    if not isinstance(shared, int) or not isinstance(layers, int) or layer is None:
-        return False
-    return layer >= layers - shared and bool(re.search(r"\.self_attn\.[kv]_proj\.", name))

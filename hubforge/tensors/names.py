@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from hubforge.errors import SourceError
 
 _WRAPPERS = ("model.", "language_model.")
 _LAYER = re.compile(r"(?:transformer\.|decoder\.)?(?:layers|h|blocks)\.(\d+)\.")
 _NUMBER = re.compile(r"(\d+)")
+_KEY_VALUE = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.")
 
 
 def canonical(name: str) -> str:
@@ -33,6 +35,19 @@ def layer_of(name: str) -> int | None:
     """The decoder layer a tensor lies in; None for embeddings, heads, final norms, and everything in a tower."""
     found = _LAYER.match(canonical(name))
     return int(found[1]) if found else None
+
+
+def is_dead(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether this is a key or value weight of a layer that shares an earlier layer's keys and values.
+
+    Published checkpoints of Gemma 4 E4B hold such weights, and no model that is loaded from them does. config: its
+    config.json.
+    """
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    shared, layers, layer = text.get("num_kv_shared_layers"), text.get("num_hidden_layers"), layer_of(name)
+    if not isinstance(shared, int) or not isinstance(layers, int) or layer is None:
+        return False
+    return layer >= layers - shared and bool(_KEY_VALUE.search(name))
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:

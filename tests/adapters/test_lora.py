@@ -375,6 +375,20 @@ def test_gemma_4_under_a_mask(request, prepare, tmp_path, model):
     assert metrics["modules"] == metrics["leak"]["matrices"] == 24 and metrics["leak"]["worst"] < 2e-7
 
 
+def test_dead_keys_and_values_need_no_protection(prepare, tiny_gemma4, tmp_path):
+    """As E4B's files have them: in the checkpoint, in no mask, and not in the model that is trained."""
+    folder, mask = tmp_path / "dead", make_mask(tmp_path / "mask", tiny_gemma4)
+    shutil.copytree(tiny_gemma4, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    dead = {f"model.layers.{n}.self_attn.{part}_proj.weight": torch.ones(32, 64) for n in (2, 3) for part in "kv"}
+    save_file(dead, folder / "dead.safetensors", metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(dead, "dead.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ctx = prepare(model=folder, mask=mask)
+    lora(protect="core").preflight(ctx)
+    assert lora(protect="core", max_steps=2).run(ctx)["modules"] == 24
+
+
 def test_a_mask_that_the_subspace_op_made(prepare, tiny_llama, tiny_llama_other, tmp_path):
     from hubforge.masks.subspace import Subspace
 

@@ -4,7 +4,7 @@ import pytest
 
 from hubforge.adapters._modules import LINEARS, in_checkpoint, in_model, rates, select
 from hubforge.errors import StepError
-from hubforge.models import load_model
+from hubforge.models import load_model, read_config
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -15,11 +15,15 @@ def test_the_default_takes_the_decoder_linears_and_no_tower(request, model, coun
     folder = request.getfixturevalue(model)
     found = select(in_model(load_model(folder)), LINEARS, 4)
     assert len(found) == count
-    assert set(found) <= set(select(in_checkpoint(folder), LINEARS, 4))
+    assert set(found) <= set(select(in_checkpoint(folder, read_config(folder)), LINEARS, 4))
     assert not any("tower" in name for name in found)
 
 
-@pytest.mark.parametrize("shapes", [in_checkpoint, lambda folder: in_model(load_model(folder))], ids=["file", "model"])
+@pytest.mark.parametrize(
+    "shapes",
+    [lambda folder: in_checkpoint(folder, {}), lambda folder: in_model(load_model(folder))],
+    ids=["file", "model"],
+)
 def test_a_list_of_seven_names_hits_the_towers_of_gemma4(tiny_gemma4_multimodal, shapes):
     with pytest.raises(StepError, match=r"r\.yaml:2: target_modules hits model\.\w+_tower.*: a tower") as caught:
         select(shapes(tiny_gemma4_multimodal), SEVEN, 4, "r.yaml:2")
@@ -28,14 +32,14 @@ def test_a_list_of_seven_names_hits_the_towers_of_gemma4(tiny_gemma4_multimodal,
 
 def test_a_name_that_no_module_has_is_an_error_with_a_guess(tiny_llama):
     with pytest.raises(StepError, match="'q_project', which no module") as caught:
-        select(in_checkpoint(tiny_llama), ["q_project", "v_proj"], 4)
+        select(in_checkpoint(tiny_llama, {}), ["q_project", "v_proj"], 4)
     assert "Did you mean 'q_proj'?" in caught.value.mend
     with pytest.raises(StepError, match="fits no module"):
-        select(in_checkpoint(tiny_llama), r"transformer\.h\..*", 4)
+        select(in_checkpoint(tiny_llama, {}), r"transformer\.h\..*", 4)
 
 
 def test_heads_norms_and_too_high_a_rank_are_refused(tiny_llama):
-    shapes = in_checkpoint(tiny_llama)
+    shapes = in_checkpoint(tiny_llama, {})
     with pytest.raises(StepError, match="lm_head; embeddings and heads"):
         select(shapes, ["lm_head"], 4)
     with pytest.raises(StepError, match=r"input_layernorm.*no linear layer"):
