@@ -185,6 +185,7 @@ def test_a_base_that_is_no_model_of_a_mean_is_one_more_as_in_mergekit(tmp_path):
         ("tokenizer_source: union", {"tokenizer": "union"}),
         ("tokenizer_source: base", {"tokenizer": "base"}),
         ("tokenizer_source: o/a", {"tokenizer": "a"}),
+        ("tokenizer_source: model:o/a", {"tokenizer": "a"}),
         ("tokenizer: {pad_to_multiple_of: 64}", {"tokenizer": "union", "pad_to_multiple_of": 64}),
         (
             "tokenizer: {source: base, tokens: {<s>: {source: o/a, force: true}, <t>: {source: {kind: zero}}, "
@@ -373,6 +374,15 @@ def test_paths_are_found_from_where_the_recipe_lies(tmp_path, monkeypatch):
     assert yaml.safe_load(recipe)["stages"]["merged"]["dtype"] == "bfloat16" and losses == []
     beside = [source["model"] for source in yaml.safe_load(import_mergekit(text)[0])["sources"].values()]
     assert beside[:3] == ["./models/mine", "./models/other", "../out"]
+
+
+def test_the_document_without_a_name_is_the_last_stage(tmp_path):
+    text = "merge_method: slerp\nbase_model: o/m\nmodels: [{model: one}]\nparameters: {t: 0.5}\n---\n"
+    text += "name: one\nmerge_method: linear\nmodels: [{model: o/a}, {model: o/b}]\nparameters: {weight: 1}\n---\n"
+    text += "name: two\nmerge_method: linear\nmodels: [{model: o/a}, {model: o/c}]\nparameters: {weight: 1}\n"
+    recipe, _ = import_mergekit(text)
+    assert list(yaml.safe_load(recipe)["stages"]) == ["one", "two", "merged"]
+    assert yaml.safe_load(recipe)["name"] == "merged"
 
 
 def test_names_of_models_become_names_of_a_recipe(tmp_path):

@@ -35,6 +35,7 @@ _KEYS = {
     ),
     *("chat_template", "parameters", "name", "out_path"),
 }
+_FINAL = "merged"  # how a document without a name is called
 _OF_SLICE, _OF_MODEL = {"sources", "base_model", "parameters"}, {"model", "layer_range", "parameters"}
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
@@ -110,7 +111,9 @@ class _Import:
         labels = [_label(document) for document in self.documents]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
             raise self.refuse(f"two documents are called {twice!r}", mend="Give each a `name` of its own.")
-        return [self.stage(document) for document in self.documents][-1]
+        # The one without a name is the merge that the others are for, wherever it stands.
+        last = sorted(self.documents, key=lambda document: _label(document) == _FINAL)
+        return [self.stage(document) for document in last][-1]
 
     def refuse(self, what: str, mend: str = "") -> RecipeError:
         return RecipeError(what, where=self.file, mend=mend)
@@ -198,6 +201,8 @@ class _Import:
         source = document.get("tokenizer_source") or (settings.get("source", "union") if settings else None)
         if source is None:
             return {}
+        if isinstance(source, str):
+            source = source.removeprefix("model:")  # as older versions of mergekit had it
         fields: Data = {"tokenizer": source if source in ("base", "union") else self.model(source)}
         rows = {
             token: row for token, of in (settings.get("tokens") or {}).items() if (row := self.row(token, of or {}))
@@ -310,7 +315,7 @@ class _Import:
 
 
 def _label(document: Data) -> str:
-    return str(document.get("name") or document.get("out_path") or "merged")
+    return str(document.get("name") or document.get("out_path") or _FINAL)
 
 
 def _depth(path: str) -> int | None:
