@@ -9,16 +9,20 @@ Source: Golub and Underwood 1977, doi:10.1016/B978-0-12-587260-7.50018-2; Saad 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy
 
+    Multiply = Callable[[numpy.ndarray], numpy.ndarray]
+
+STEEP = 32  # k over the effective rank from which float32 has lost the small eigenvalues
 _BLOCK = 16  # vectors multiplied at once
 _CONVERGED = 1e-7  # residuals, of the largest eigenvalue: what rounding in float32 leaves
 _DIMENSIONS = 6  # times the number of vectors wanted: more is not tried
-_LOOKS = 8  # products by which a random block comes near what is left
+_LOOKS = 5  # products by which a random block comes near what is left
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,16 @@ class Rough:
     beyond: float  # an upper bound, but for chance, on the eigenvalues of what they leave
 
 
-def few_leading(G: numpy.ndarray, k: int, spare: int) -> Rough | None:
-    """The k leading eigenvectors of G (m, m), float32, read by its lower triangle, and `spare` less exact ones.
+def few_leading(multiply: Multiply, m: int, k: int, spare: int) -> Rough | None:
+    """The k leading eigenvectors of G (m, m), of no negative eigenvalues, and `spare` less exact ones; float32.
 
-    None when they do not come out of `_DIMENSIONS` times as many dimensions, or some were missed.
+    multiply: G·X for X (m, some). None when they do not come out of `_DIMENSIONS` times as many dimensions, when some
+    were missed, or when so few hold so much that float32 cannot tell the last of them.
     """
     import numpy
     from scipy.linalg import eigh
-    from scipy.linalg.blas import ssymm
 
-    m, wanted = len(G), k + spare
+    wanted = k + spare
     most = min(_DIMENSIONS * wanted, m) // _BLOCK * _BLOCK
     Q = numpy.empty((m, most + _BLOCK), numpy.float32, order="F")
     projected = numpy.zeros((most, most), numpy.float32)
@@ -46,7 +50,7 @@ def few_leading(G: numpy.ndarray, k: int, spare: int) -> Rough | None:
     check = 3 * wanted // 2
     for n in range(_BLOCK, most + 1, _BLOCK):
         basis, last = Q[:, :n], Q[:, n - _BLOCK : n]
-        following = ssymm(1.0, G, last, lower=1)
+        following = multiply(last)
         inside = basis.T @ following
         following -= basis @ inside
         again = basis.T @ following  # Once is not enough: what rounding left would grow from step to step.
@@ -62,23 +66,24 @@ def few_leading(G: numpy.ndarray, k: int, spare: int) -> Rough | None:
             check = n * 9 // 8
     else:
         return None
+    if k >= STEEP * float(values.sum()) ** 2 / float(values @ values):
+        return None
     vectors = basis @ turn[:, : -wanted - 1 : -1]
     # The later ones are less exact, and err downwards: an earlier one is taken for the next.
     place = k + 3 * spare // 4
     beyond = float(values[-1 - place]) + float(left[place]) + 16 * float(numpy.finfo(numpy.float32).eps) * values[-1]
-    return Rough(vectors, float(beyond)) if _largest_left(G, vectors) <= beyond else None
+    return Rough(vectors, float(beyond)) if _largest_left(multiply, vectors) <= beyond else None
 
 
-def _largest_left(G: numpy.ndarray, found: numpy.ndarray) -> float:
+def _largest_left(multiply: Multiply, found: numpy.ndarray) -> float:
     """About the largest eigenvalue of G on what is orthogonal to some of its eigenvectors; never too large."""
     import numpy
-    from scipy.linalg.blas import ssymm
 
-    block = _random(len(G), 1)
+    block = _random(len(found), 1)
     for _ in range(_LOOKS):
         block -= found @ (found.T @ block)
         block, _ = numpy.linalg.qr(block)
-        multiplied = ssymm(1.0, G, numpy.asfortranarray(block), lower=1)
+        multiplied = multiply(block)
         block, before = multiplied, block
     return float(numpy.linalg.eigvalsh(before.T @ multiplied)[-1])
 

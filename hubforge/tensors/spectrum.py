@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from hubforge.errors import StepError
-from hubforge.tensors.krylov import Rough, few_leading
+from hubforge.tensors.krylov import STEEP, Rough, few_leading
 
 if TYPE_CHECKING:
     import numpy
@@ -26,7 +26,6 @@ _BLOCK = 1 << 22  # elements turned into float64 at once
 _SQUARED = 1 << 16  # elements squared at once, within the cache
 _RESIDUAL = 1e-9  # of the largest eigenvalue: LAPACK in float64 leaves 1e-13 or so
 _ANGLE = 1e-4  # the bound up to which refined vectors count as found
-_STEEP = 32  # k over the effective rank from which float32 has lost the small eigenvalues: not worth a try
 _FEW = 20  # times the vectors wanted: in a matrix at least as large they are sought alone
 _ROUNDS = 2  # of refinement; each multiplies the error by λ of the first vector left out over λ of the last wanted
 _NOISE = 3e-5  # how far float32 products may turn the weakest direction of the far side
@@ -97,14 +96,12 @@ def eigenpairs(wide: Tensor, rank: int, energy: float | None = None) -> tuple[Pa
     k = min(rank, m)
     spare = max(16, k // 4)
     if _FEW * (k + spare) <= m:
-        G = _gram(wide, "float32")
-        if k < _STEEP * _effective_rank(G, total) and (rough := few_leading(G, k, spare)):
-            close = Rough(_through(wide, rough.vectors), rough.beyond)
-            if found := _refined(close, lambda Q: _through(wide, Q), m, k, energy, total):
-                return replace(found, solver="krylov"), total
-    G = _gram(wide, "float64")
+        rough = few_leading(partial(_through, wide), m, k, spare)
+        if rough and (found := _refined(rough, partial(_through, wide), m, k, energy, total)):
+            return replace(found, solver="krylov"), total
+    G = _gram(wide)
     found = None
-    if 2 * (k + spare) < m and k < _STEEP * _effective_rank(G, total):
+    if 2 * (k + spare) < m and k < STEEP * _effective_rank(G, total):
         found = _refined(_many_leading(G, k + spare), partial(_times, G), m, k, energy, total)
     return found or _exact(G, k, energy, total), total
 
@@ -225,25 +222,24 @@ def _enough(values: numpy.ndarray, energy: float | None, total: float, m: int) -
     return kept
 
 
-def _gram(wide: Tensor, dtype: str) -> numpy.ndarray:
-    """The lower triangle of W Wᵀ, summed over blocks of columns; zeros above it."""
+def _gram(wide: Tensor) -> numpy.ndarray:
+    """The lower triangle of W Wᵀ, float64, summed over blocks of columns; zeros above it."""
     import numpy
     import torch
-    from scipy.linalg import blas
+    from scipy.linalg.blas import dsyrk
 
     m, n = wide.shape
-    G = numpy.zeros((m, m), dtype, order="F")
+    G = numpy.zeros((m, m), order="F")
     step = max(1, _BLOCK // m)
     # One buffer throughout: fresh pages for each block cost a tenth of the whole. BLAS wants columns, and a block
     # whose rows are contiguous goes in as its transpose, uncopied.
     by_rows = wide.is_contiguous()
-    buffer = torch.from_numpy(numpy.empty(m * min(step, n), dtype))
-    add = blas.dsyrk if dtype == "float64" else blas.ssyrk
+    buffer = torch.empty(m * min(step, n), dtype=torch.float64)
     for first in range(0, n, step):
         some = wide[:, first : first + step]
         block = buffer[: some.numel()].view(some.shape if by_rows else some.shape[::-1])
         block.copy_(some if by_rows else some.T)
-        G = add(1.0, block.numpy().T, beta=1.0, c=G, trans=int(by_rows), lower=1, overwrite_c=1)
+        G = dsyrk(1.0, block.numpy().T, beta=1.0, c=G, trans=int(by_rows), lower=1, overwrite_c=1)
     return G
 
 

@@ -34,36 +34,34 @@ def sine(found, true):
 @pytest.mark.parametrize("name", ["gap", "half", "one"])
 def test_a_few_leading_eigenvectors_come_out(name):
     W, left = matrix(SPECTRA[name])
-    found = few_leading(np.asfortranarray(W @ W.T), 12, 16)
+    found = few_leading(lambda X: W @ (W.T @ X), SIZE, 12, 16)
     assert sine(left[:, :12], np.linalg.qr(found.vectors.astype(np.float64))[0]) < 1e-4
     assert SPECTRA[name][28] ** 2 < found.beyond < SPECTRA[name][11] ** 2
-
-
-def test_only_the_lower_triangle_is_read():
-    G = np.asfortranarray((W := matrix(SPECTRA["half"])[0]) @ W.T)
-    assert np.array_equal(few_leading(np.tril(G), 12, 16).vectors, few_leading(G, 12, 16).vectors)
 
 
 def test_an_eigenvector_that_the_start_lacks_is_missed_and_noticed(monkeypatch):
     """What is missing would be larger than what is left: the second block sees it."""
     W, left = matrix(SPECTRA["gap"])
-    first, real = left[:, :1].astype(np.float32), krylov._random
-    monkeypatch.setattr(
-        krylov, "_random", lambda m, which: real(m, which) - (first @ (first.T @ real(m, which)) if which == 0 else 0)
-    )
-    # Rounding brings the first one back, sooner or later: take it away throughout.
-    G = np.asfortranarray(W @ W.T)
-    seen = G - SPECTRA["gap"][0] ** 2 * (first @ first.T)
-    looked = krylov._largest_left
-    monkeypatch.setattr(krylov, "_largest_left", lambda _, vectors: looked(G, vectors))
-    assert few_leading(np.asfortranarray(seen), 11, 16) is None
-    monkeypatch.setattr(krylov, "_largest_left", looked)
-    assert few_leading(np.asfortranarray(seen), 11, 16) is not None
+    first = left[:, :1].astype(np.float32)
+    looks = []
+
+    def multiply(X):
+        """Without the first eigenvector, which rounding would bring back sooner or later; looks see it."""
+        return W @ (W.T @ (X if looks else X - first @ (first.T @ X)))
+
+    real = krylov._largest_left
+    monkeypatch.setattr(krylov, "_largest_left", lambda *given: looks.append(1) or real(*given))
+    assert few_leading(multiply, SIZE, 11, 16) is None and looks
+    monkeypatch.setattr(krylov, "_largest_left", real)
+    looks.clear()
+    assert few_leading(multiply, SIZE, 11, 16) is not None
 
 
-def test_a_spectrum_that_does_not_fall_is_given_up():
-    W, _ = matrix(SPECTRA["flat"])
-    assert few_leading(np.asfortranarray(W @ W.T), 12, 16) is None
+@pytest.mark.parametrize("values", [SPECTRA["flat"], np.arange(1.0, SIZE + 1) ** -3.0], ids=["flat", "steep"])
+def test_what_float32_cannot_find_is_given_up(values):
+    """A spectrum that hardly falls, and one that falls below what float32 can tell."""
+    W, _ = matrix(values)
+    assert few_leading(lambda X: W @ (W.T @ X), SIZE, 36, 16) is None
 
 
 @pytest.mark.parametrize("tall", [False, True])
@@ -97,3 +95,29 @@ def test_blocks_make_no_difference(monkeypatch):
     monkeypatch.setattr(spectrum, "_BLOCK", 30_000)
     assert sine(leading(W, 12).U, whole.U.double().numpy()) < 1e-6
     assert sine(leading(W.T.contiguous(), 12).V, whole.U.double().numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["adapter", "few rows", "one element"])
+def test_no_more_directions_than_the_matrix_has(name):
+    """The Krylov space ends early, in exact zeros too."""
+    W, draw = np.zeros((SIZE, 1000), np.float32), np.random.default_rng(1)
+    if name == "adapter":
+        W[:] = draw.standard_normal((SIZE, 8)) @ draw.standard_normal((8, 1000))
+    elif name == "few rows":
+        W[:8] = draw.standard_normal((8, 1000))
+    else:
+        W[5, 7] = 3.0
+    found = leading(torch.from_numpy(W), 24)
+    U, S, _ = torch.linalg.svd(torch.from_numpy(W).double(), full_matrices=False)
+    count = 1 if name == "one element" else 8
+    assert found.rank >= count and found.captured == pytest.approx(1.0, abs=1e-6)
+    torch.testing.assert_close(found.S[:count].double(), S[:count], rtol=1e-5, atol=0)
+    assert sine(found.U[:, :count], U[:, :count].numpy()) < 1e-4
+
+
+def test_energy_stops_before_the_limit():
+    W, left = matrix(SPECTRA["one"])
+    shares = (SPECTRA["one"] ** 2).cumsum() / (SPECTRA["one"] ** 2).sum()
+    found = leading(torch.from_numpy(W), 12, energy=float(shares[4]) - 1e-4)
+    assert (found.rank, found.solver) == (5, "krylov")
+    assert found.captured == pytest.approx(float(shares[4]), rel=1e-6) and sine(found.U, left[:, :5]) < 1e-4
