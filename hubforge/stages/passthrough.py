@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 64 << 20  # bytes held at once
-_BEFORE = ("embed", "wte", "wpe", "word_embeddings", "shared")  # how tensors before the layers are called
+_BEFORE = re.compile(  # tensors before the layers: embeddings, and the towers of a multimodal model
+    r"(?:\w+\.)?(?:embed(?!_out)|wte|wpe|word_embeddings|shared)|vision|visual|audio|image|multi_modal"
+)
 Layers = tuple[int, int]  # [first, last)
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -133,7 +136,7 @@ class Passthrough(Op):
         behind = Aliases(last, str(last.path))
         for name, info in first.tensors.items():
             if layer_of(name) is None:
-                before = canonical(name).startswith(_BEFORE)
+                before = _BEFORE.match(canonical(name)) is not None
                 own = name if before else behind.find(name)
                 if own is None:
                     raise StepError(f"{self.slices[-1].model} has no tensor {name}", where=ctx.where)

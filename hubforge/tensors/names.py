@@ -14,7 +14,11 @@ from typing import Any
 from hubforge.errors import SourceError
 
 _WRAPPERS = ("model.", "language_model.")
-_LAYER = re.compile(r"(?:transformer\.|decoder\.)?(?:layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(
+    r"""(?:(?:transformer|gpt_neox|backbone|bert|roberta|distilbert|electra|deberta)\.)?
+    (?:(?:encoder|decoder|transformer)\.)? (?:layers?|h|blocks?) \. (\d+) \.""",
+    re.VERBOSE,
+)
 _NUMBER = re.compile(r"(\d+)")
 _KEY_VALUE = re.compile(r"\.self_attn\.[kv]_(?:proj|norm)\.")
 
@@ -32,7 +36,10 @@ def canonical(name: str) -> str:
 
 @lru_cache(1 << 14)
 def layer_of(name: str) -> int | None:
-    """The decoder layer a tensor lies in; None for embeddings, heads, final norms, and everything in a tower."""
+    """The layer a tensor lies in; None for embeddings, heads, final norms, and everything in a tower.
+
+    Of a model with encoder and decoder, layers of one number are one.
+    """
     found = _LAYER.match(canonical(name))
     return int(found[1]) if found else None
 

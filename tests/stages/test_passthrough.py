@@ -49,6 +49,28 @@ def test_layers_of_two_models_in_turn(tower, context, run_op, tensors_of):
     assert config["layer_types"] == ["full", "sliding", "sliding", "full", "full"]
 
 
+@pytest.mark.parametrize(
+    ("before", "layer", "behind"),
+    [
+        ("gpt_neox.embed_in.weight", "gpt_neox.layers.{}.w", "embed_out.weight"),
+        ("transformer.wte.weight", "transformer.h.{}.w", "transformer.ln_f.weight"),
+        ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.{}.w", "bert.pooler.dense.weight"),
+        ("model.vision_tower.encoder.layers.0.w", "model.language_model.layers.{}.w", "lm_head.weight"),
+    ],
+)
+def test_names_of_other_architectures(before, layer, behind, checkpoint_folder, context, run_op, tensors_of):
+    inputs = {}
+    for name, start in (("a", 0.0), ("b", 100.0)):
+        tensors = {before: start + 10, behind: start + 20} | {layer.format(i): start + i for i in range(3)}
+        config = {"model_type": "toy", "num_hidden_layers": 3}
+        tensors = {key: torch.tensor([value]) for key, value in tensors.items()}
+        inputs[name] = ("model", checkpoint_folder(name, tensors, config=config))
+    run_op(stack(("a", (0, 2), {}), ("b", (1, 3), {"scale": [1, 2]})), ctx := context(**inputs))
+    layers = {layer.format(i): value for i, value in enumerate([0, 1, 101, 204])}
+    found = {name: tensor.item() for name, tensor in tensors_of(ctx.out).items()}
+    assert found == {before: 10, behind: 120} | layers
+
+
 def test_all_layers_are_the_model_bit_for_bit(tiny_llama, context, run_op, tensors_of):
     ctx = context(m=("model", tiny_llama))
     run_op(stack(("m", (0, 2), {})), ctx)

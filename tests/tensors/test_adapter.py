@@ -188,7 +188,18 @@ def test_names():
     assert canonical("model.language_model.layers.0.q.weight") == canonical("language_model.model.layers.0.q.weight")
     assert canonical("lm_head.weight") == "lm_head.weight"
     assert layer_of("model.language_model.layers.12.mlp.up_proj.weight") == 12
-    assert layer_of("transformer.h.3.attn.c_attn.weight") == 3
+    of_layer_3 = ["transformer.h.3.attn.c_attn.weight", "gpt_neox.layers.3.mlp.dense_h_to_4h.bias"]
+    of_layer_3 += ["backbone.layers.3.mixer.A_log", "transformer.encoder.layers.3.input_layernorm.weight"]
+    of_layer_3 += [f"{model}encoder.layer.3.attention.self.query.weight" for model in ("", "bert.", "roberta.")]
+    of_layer_3 += ["distilbert.transformer.layer.3.ffn.lin1.weight", "model.decoder.layers.3.fc1.weight"]
+    of_layer_3 += ["encoder.block.3.layer.0.SelfAttention.q.weight", "h.3.ln_1.bias", "model.encoder.layers.3.fc1.bias"]
+    assert {layer_of(name) for name in of_layer_3} == {3}
+    towers = [
+        "visual.blocks.3.norm1.weight",
+        "model.vision_model.encoder.layers.3.fc1.bias",
+        "audio_tower.layers.3.fc1",
+    ]
+    assert {layer_of(name) for name in towers} == {None}
     assert layer_of("model.vision_tower.encoder.layers.3.mlp.up_proj.weight") is None
     assert layer_of("model.embed_tokens.weight") is None
     names = ["layers.10.a", "layers.2.b", "layers.2.a", "embed", "layers.2"]
