@@ -60,7 +60,7 @@ class Lora(Op):
         "ones often have no template. Same vocabulary.",
     )
     protect: MaskRef | None = Field(None, description="A subspace mask of the model: what the change must not touch.")
-    projection: Projection | Literal["none"] = Field(
+    projection: Literal["two_sided", "published", "core", "left", "right", "scale", "none"] = Field(
         "two_sided",
         description="How: two_sided, clear of U and V; left, of U; right, of V; core, of their product U·Vᵀ (half of "
         "the rank clear of each); scale, both damped by `strength`; published, gradients only, as first published, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -56,8 +57,11 @@ class Layers(Op):
             raise StepError(f"no tensor of {self.mask} lies in a decoder layer", where=ctx.where)
         ordered = sorted(facts)
         values = torch.tensor([facts[layer][self.of] for layer in ordered], dtype=torch.float32)
-        if not bool((values.isfinite() & (values >= 0)).all()):
-            raise StepError(f"a layer of {self.mask} has no finite, positive {self.of}", where=ctx.where)
+        for layer, value in zip(ordered, values.tolist(), strict=True):
+            if not 0 <= value < math.inf:
+                what = f"the {self.of} of layer {layer} of {self.mask} is {value:.3g}"
+                mend = "Importance is finite and not negative: make or fetch the mask again."
+                raise StepError(what, where=ctx.where, mend=mend)
         least = values[values > 0].min() if self.normalize == "log" and bool((values > 0).any()) else values.min()
         gate = holds(path, GATE) and not holds(path, "fisher")
         if not gate and (empty := [layer for layer in ordered if not facts[layer]["sum"]]):

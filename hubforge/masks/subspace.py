@@ -146,7 +146,7 @@ class Subspace(Op):
         renamed = require_same(instruct, pretrained, mend)
         if renamed is None and said:
             lacking = [str(folder) for folder in (instruct, pretrained) if not (folder / "tokenizer.json").is_file()]
-            ctx.warn(f"the tokenizers are not compared: {' and '.join(lacking)} has no tokenizer.json")
+            ctx.warn(f"the tokenizers are not compared: no tokenizer.json in {' and '.join(lacking)}")
         elif renamed and said:
             ctx.note(f"added tokens that differ: {some(renamed)}")
         with opened(instruct, pretrained) as (one, other):

@@ -474,6 +474,7 @@ REFUSED = [
     ({"use_dora": True}, "DoRA rescales each column"),
     ({"modules_to_save": ["lm_head"]}, "would train lm_head whole"),
     ({"projection": "core", "protect": "core", "rank": 1}, "rank must be at least 2"),
+    ({"projection": "twosided", "protect": "core"}, r"1 validation error for Lora\nprojection"),
     ({"projection": "left"}, "projection: left without `protect`: name the subspace mask"),
     ({"importance_floor": 0.1}, "importance_floor without `importance`"),
     ({"strength": 0.5}, "strength is for `projection: scale`"),

@@ -219,6 +219,9 @@ def test_a_fisher_that_is_zero_is_no_measure_of_layers_or_of_all(tmp_path: Path)
     assert made(op, tmp_path / "gate", a=some)[DOWN].tolist() == [[0.0, 0.0]]
     with pytest.raises(StepError, match="a is zero throughout"):
         made(op, tmp_path / "none", a=none)
+    bad = mask(tmp_path / "c", {UP: torch.ones(1, 2), DOWN: torch.tensor([[1.0, float("nan")]])})
+    with pytest.raises(StepError, match=r"r.yaml:9: the sum of layer 1 of a is nan\n  Importance is finite"):
+        made(Layers(mask="a"), tmp_path / "nan", a=bad)
     # A gate of zeros is one: it changes in full.
     (none / "fisher.safetensors").rename(none / "gate.safetensors")
     made(Layers(mask="a"), tmp_path / "of-gate", a=none)
