@@ -243,6 +243,8 @@ def resolve_local(name: str, spec: SourceSpec, folder: Path, hashes: HashCache, 
         if ".lab" in path.parts:
             mend = f"`hubforge lab {_lab_folder(path)}` trains the lab's models there."
         raise SourceError(f"source {name!r}: there is no {spec.value}", where=where, mend=mend)
+    if mend := _of_another_kind(spec, path):
+        raise SourceError(f"source {name!r}: {spec.value} is no {spec.kind}", where=where, mend=mend)
     bare = spec.model_copy(update={"folder": None, "file": None})
     files = tuple(
         FileDigest(relative, file.stat().st_size, hashes.sha256(file)) for relative, file in local_files(path, bare)
@@ -255,6 +257,20 @@ def resolve_local(name: str, spec: SourceSpec, folder: Path, hashes: HashCache, 
         )
     key = local_key(spec, files)
     return Source(name, spec, key, path=path, files=files, license=spec.license or _readme_license(path))
+
+
+def _of_another_kind(spec: SourceSpec, path: Path) -> str:
+    """How to mend a model or adapter that is a file, or the other of the two; "" for what may be one."""
+    if spec.kind not in ("model", "adapter"):
+        return ""
+    if path.is_file():
+        return f"Name its folder, where config and tokenizer are: {path.parent}."
+    has_model, has_adapter = (path / "config.json").is_file(), (path / "adapter_config.json").is_file()
+    if spec.kind == "model" and has_adapter and not has_model:
+        return f"It is an adapter: write {{adapter: {spec.value}}}, and fold it into its model with `op: apply`."
+    if spec.kind == "adapter" and has_model and not has_adapter:
+        return f"It is a model: write {{model: {spec.value}}}; `op: extract_lora` makes an adapter of two models."
+    return ""
 
 
 def local_key(spec: SourceSpec, files: Iterable[Digested]) -> str:

@@ -48,6 +48,9 @@ def tokenizer_missing(folder: Path) -> str:
 
 def check_side_files(folder: Path) -> dict[str, Any]:
     """The config of a model folder; SourceError when it or a tokenizer file is missing."""
+    if not (folder / "config.json").is_file():
+        mend = "A model's folder has it beside the weights. Fetch the whole repository again."
+        raise SourceError("there is no config.json", where=str(folder), mend=mend)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise SourceError("is not a JSON object", where=str(folder / "config.json"))

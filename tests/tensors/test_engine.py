@@ -380,6 +380,13 @@ def test_a_missing_tokenizer_file_is_named(file, checkpoint_folder, context, run
         run_op(Half(model="m"), context(m=("model", folder)))
 
 
+def test_a_missing_config_is_named(checkpoint_folder, context, run_op):
+    folder = checkpoint_folder("m", TENSORS)
+    (folder / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"/m: there is no config.json\n  A model's folder has it"):
+        run_op(Half(model="m"), context(m=("model", folder)))
+
+
 def test_side_files_are_copied_and_leftovers_are_not(checkpoint_folder, context, run_op):
     folder = checkpoint_folder("m", TENSORS)
     kept = ["tokenizer.model", "chat_template.jinja", "merges.txt", "vocab.json", "generation_config.json", "LICENSE"]
