@@ -44,7 +44,8 @@ class Linear(Merge):
         held = {str(model): self.of_model(self.weights, index, at) for index, model in indexed(self.models, present)}
         total = math.fsum(held.values())
         if self.normalize and total == 0:
-            raise StepError(f"the weights of the models that have {at.name} sum to 0")
+            mend = "Give weights whose sum is not 0 there, or `normalize: false`."
+            raise StepError(f"the weights of the models that have {at.name} sum to 0", mend=mend)
         # The sum is divided, as in mergekit: dividing each weight would round otherwise where a mean of bfloat16
         # numbers lies half-way between two others. By a power of 2, or for a single weight, dividing weights is exact.
         divisor = total if self.normalize else 1.0

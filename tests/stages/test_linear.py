@@ -66,6 +66,12 @@ def test_a_tensor_that_one_lacks(checkpoint_folder, context, run_op, tensors_of)
     assert {name: t.tolist() for name, t in tensors_of(ctx.out).items()} == {"a": [0.75, 0.75], "b": [1.0, 1.0]}
 
 
+def test_weights_that_sum_to_zero_in_one_tensor(tiny_llama, tiny_llama_other, context, run_op):
+    ctx = context(a=("model", tiny_llama), b=("model", tiny_llama_other))
+    with pytest.raises(StepError, match=r"that have model.layers.1.* sum to 0\n.*`normalize: false`"):
+        run_op(Linear(models=["a", "b"], weights=[1.0, [1.0, -1.0]]), ctx)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
