@@ -36,8 +36,8 @@ class Rough:
 def few_leading(multiply: Multiply, m: int, k: int, spare: int) -> Rough | None:
     """The k leading eigenvectors of G (m, m), of no negative eigenvalues, and `spare` less exact ones; float32.
 
-    multiply: G·X for X (m, some). None when they do not come out of `_DIMENSIONS` times as many dimensions, when some
-    were missed, or when so few hold so much that float32 cannot tell the last of them.
+    multiply: G·X for X (m, some), float32. None when they do not come out of `_DIMENSIONS` times as many dimensions,
+    when some were missed, or when so few hold so much that float32 cannot tell the last of them.
     """
     import numpy
     from scipy.linalg import eigh

@@ -86,7 +86,6 @@ def leading(W: Tensor, rank: int, energy: float | None = None) -> Leading:
 
 def eigenpairs(wide: Tensor, rank: int, energy: float | None = None) -> tuple[Pairs | None, float]:
     """The leading eigenpairs of W·Wᵀ, and its trace, for W with no more rows than columns; None for a W of zeros."""
-
     m = wide.shape[0]
     total = _energy(wide)
     if not math.isfinite(total):
@@ -96,13 +95,14 @@ def eigenpairs(wide: Tensor, rank: int, energy: float | None = None) -> tuple[Pa
     k = min(rank, m)
     spare = max(16, k // 4)
     if _FEW * (k + spare) <= m:
-        rough = few_leading(partial(_through, wide), m, k, spare)
+        unit = 1 / math.sqrt(total)  # In float32 what is very large or small would be lost when it is squared.
+        rough = few_leading(lambda X: _through(wide, X * unit) * unit, m, k, spare)
         if rough and (found := _refined(rough, partial(_through, wide), m, k, energy, total)):
             return replace(found, solver="krylov"), total
     G = _gram(wide)
     found = None
     if 2 * (k + spare) < m and k < STEEP * _effective_rank(G, total):
-        found = _refined(_many_leading(G, k + spare), partial(_times, G), m, k, energy, total)
+        found = _refined(_many_leading(G, total, k + spare), partial(_times, G), m, k, energy, total)
     return found or _exact(G, k, energy, total), total
 
 
@@ -120,14 +120,14 @@ def _effective_rank(G: numpy.ndarray, total: float) -> float:
     return total**2 / squares
 
 
-def _many_leading(G: numpy.ndarray, wanted: int) -> Rough:
-    """So many leading eigenvectors in float32, by LAPACK, which goes over all of G's."""
+def _many_leading(G: numpy.ndarray, total: float, wanted: int) -> Rough:
+    """So many leading eigenvectors of G / total in float32, by LAPACK, which goes over all of G's."""
     import numpy
     from scipy.linalg import eigh
 
     m = len(G)
     values, vectors = eigh(
-        G.astype(numpy.float32),
+        numpy.multiply(G, 1 / total, out=numpy.empty(G.shape, numpy.float32, "F"), casting="same_kind"),
         lower=True,
         subset_by_index=[m - wanted - 1, m - 1],
         driver="evr",
@@ -146,7 +146,7 @@ def _refined(
     multiply: G·Q in float64. With X the Ritz vectors kept, Y the others at hand and Z all that is left, G is block
     diagonal but for the residuals R₁ = ZᵀGX and R₂ = ZᵀGY. To first order in R₁ the true subspace leans from X towards
     Z by ‖R₁‖ / (θ_k − c), c the largest eigenvalue of ZᵀGZ, and by way of Z towards Y by ‖R₂‖ / (θ_k − θ_k+1) times
-    that. Davis and Kahan's bound knows only the small gap, θ_k − θ_k+1. c is `rough.beyond`.
+    that. Davis and Kahan's bound knows only the small gap, θ_k − θ_k+1. c is `rough.beyond`, of G / total.
     """
     import numpy
 
@@ -162,7 +162,7 @@ def _refined(
         # All of Y's residual and X's: ‖GQ‖² = ‖QᵀGQ‖² + ‖R‖².
         others = math.sqrt(max(float(numpy.vdot(basis, basis)) - float(values @ values), 0.0))
         first += float(numpy.finfo(numpy.float64).eps) * total
-        outside, inside = float(values[kept - 1]) - rough.beyond, float(values[kept - 1] - values[kept])
+        outside, inside = float(values[kept - 1]) - rough.beyond * total, float(values[kept - 1] - values[kept])
         if outside > 0 and inside > 0 and (angle := first / outside * (1 + others / inside)) <= _ANGLE:
             return Pairs(values[:kept], X, first, angle, "refined")
     return None

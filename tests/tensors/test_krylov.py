@@ -89,12 +89,13 @@ def test_the_subspace_is_that_of_a_float64_svd(name, k, solver, tall):
     torch.testing.assert_close(near.T @ near, torch.eye(k), rtol=0, atol=1e-6)
 
 
-def test_blocks_make_no_difference(monkeypatch):
+def test_blocks_make_no_difference_beyond_the_bound(monkeypatch):
     W = torch.from_numpy(matrix(SPECTRA["half"])[0])
     whole = leading(W, 12)
     monkeypatch.setattr(spectrum, "_BLOCK", 30_000)
-    assert sine(leading(W, 12).U, whole.U.double().numpy()) < 1e-6
-    assert sine(leading(W.T.contiguous(), 12).V, whole.U.double().numpy()) < 1e-6
+    wide, tall = leading(W, 12), leading(W.T.contiguous(), 12)
+    assert sine(wide.U, whole.U.double().numpy()) < wide.angle_bound + whole.angle_bound < 1e-4
+    assert sine(tall.V, whole.U.double().numpy()) < tall.angle_bound + whole.angle_bound < 1e-4
 
 
 @pytest.mark.parametrize("name", ["adapter", "few rows", "one element"])
@@ -121,3 +122,12 @@ def test_energy_stops_before_the_limit():
     found = leading(torch.from_numpy(W), 12, energy=float(shares[4]) - 1e-4)
     assert (found.rank, found.solver) == (5, "krylov")
     assert found.captured == pytest.approx(float(shares[4]), rel=1e-6) and sine(found.U, left[:, :5]) < 1e-4
+
+
+@pytest.mark.parametrize(("k", "solver"), [(12, "krylov"), (60, "refined")])
+@pytest.mark.parametrize("unit", [1e-22, 1e19])
+def test_values_whose_squares_float32_cannot_hold(unit, k, solver):
+    W, left = matrix(SPECTRA["half"])
+    found = leading(torch.from_numpy(W * np.float32(unit)), k)
+    assert found.solver == solver and sine(found.U, left[:, :k]) < 1e-4
+    torch.testing.assert_close(found.S.double() / unit, torch.from_numpy(SPECTRA["half"][:k]), rtol=1e-5, atol=0)
