@@ -98,6 +98,14 @@ def _start(tensor: Tensor) -> int:
     return start
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a zip file has its table, which is at its end."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # There is one, of what nobody writes any more: parts on several disks.
+        return True
+
+
 def _load(file: Path) -> tuple[Mapping[str, Tensor], bool]:
     """The state dict; and whether its tensors have no data but a place in the file."""
     import torch
@@ -110,7 +118,7 @@ def _load(file: Path) -> tuple[Mapping[str, Tensor], bool]:
         with FakeTensorMode() if in_file else contextlib.nullcontext():
             state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here, from UnpicklingError to RuntimeError
-        if in_file and not zipfile.is_zipfile(file):  # The table of a zip file is at its end.
+        if in_file and not _is_whole(file):
             raise SourceError("is cut short: its end is missing", where=str(file), mend=FETCH_AGAIN) from error
         first_line = str(error).strip().split("\n", 1)[0][:200]
         raise SourceError(f"cannot be loaded with weights_only: {first_line}", where=str(file), mend=mend) from error

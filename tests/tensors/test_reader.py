@@ -202,6 +202,16 @@ def test_a_pickle_cut_short_is_to_be_fetched_again(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_pickle_on_several_disks_is_none_that_is_read(tmp_path):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "pytorch_model.bin")
+    content = bytearray((tmp_path / "pytorch_model.bin").read_bytes())
+    locator = content.rindex(b"PK\x06\x07")  # of the zip64 table: signature, disk, offset, number of disks
+    content[locator + 16 : locator + 20] = struct.pack("<L", 2)
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(SourceError, match=r"pytorch_model.bin: cannot be loaded with weights_only"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_head_that_shares_the_memory_of_the_embeddings_is_one_tensor(tmp_path):
     embeddings = torch.ones(3, 2)
     torch.save({"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}, tmp_path / "pytorch_model.bin")
