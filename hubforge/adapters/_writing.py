@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hubforge.adapters._guard import Factors
 from hubforge.op import Context, Metrics
 from hubforge.tensors import dtypes
-from hubforge.tensors.adapter import CONFIG, WEIGHTS
+from hubforge.tensors.adapter import WEIGHTS
+from hubforge.tensors.adapter_config import CONFIG
 from hubforge.tensors.projection import Leak, summary
 from hubforge.tensors.writer import write_whole
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from hubforge.errors import SourceError
 from hubforge.tensors import dtypes
-from hubforge.tensors.adapter_config import CONFIG as CONFIG
-from hubforge.tensors.adapter_config import AdapterConfig, read_adapter_config
+from hubforge.tensors.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from hubforge.tensors.names import Aliases
 from hubforge.tensors.quantised import config_beside
 from hubforge.tensors.reader import Checkpoint, TensorInfo, open_checkpoint
@@ -33,7 +32,6 @@ WEIGHTS = "adapter_model.safetensors"
 _WITH_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 _CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 _PREFIX = "base_model.model."
-_AT_ONCE = 16 << 20  # bytes compared at once
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _BASE = re.compile(r"(?P<module>.+?)\.base_layer\.weight")
 _KEY = re.compile(r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.default)?(?:\.weight)?")
@@ -221,21 +219,8 @@ class Adapter:
 
     def _repeats_another_table(self, key: str) -> bool:
         """Whether a head has the bytes of the embeddings beside it: PEFT saves tied ones twice."""
-        import torch
-
-        one = self.checkpoint.info(key)
-        for other in self.saved.keys() - {key}:
-            two = self.checkpoint.info(other)
-            if (
-                is_table(self.saved[key])
-                and is_table(self.saved[other])
-                and (one.shape, one.dtype) == (two.shape, two.dtype)
-            ):
-                step = max(1, _AT_ONCE * one.rows // max(one.nbytes, 1))
-                ranges = [(first, min(first + step, one.rows)) for first in range(0, one.rows, step)]
-                read = self.checkpoint.read_bytes
-                return all(torch.equal(read(key, *rows), read(other, *rows)) for rows in ranges)
-        return False
+        others = [other for other in self.saved if other != key and is_table(self.saved[other])]
+        return is_table(self.saved[key]) and any(self.checkpoint.same_bytes(key, other) for other in others)
 
     def _check_shape(self, what: str, shape: tuple[int, ...], info: TensorInfo) -> None:
         if info.shape != shape:

@@ -14,7 +14,8 @@ from hubforge.errors import StepError
 from hubforge.op import Context, Metrics
 from hubforge.processes import processors
 from hubforge.tensors import dtypes
-from hubforge.tensors.adapter import CONFIG, WEIGHTS, Adapter, LoraModule
+from hubforge.tensors.adapter import WEIGHTS, Adapter, LoraModule
+from hubforge.tensors.adapter_config import CONFIG
 from hubforge.tensors.allocator import keep_freed_memory
 from hubforge.tensors.layout import Layout, lay_out
 from hubforge.tensors.names import Aliases

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hubforge.tensors.pickled import PickledCheckpoint
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_COMPARED_AT_ONCE = 16 << 20  # bytes
 _READ = 1 << 30  # bytes asked of the kernel at once; Linux returns at most 2 GiB
 
 
@@ -234,6 +235,17 @@ class Checkpoint:
         data = torch.empty((last - first) * self.row_bytes(name), dtype=torch.uint8)
         self.read_into(name, first, last, memoryview(data.numpy()))
         return data
+
+    def same_bytes(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal byte for byte, and of one shape and dtype; a part is in memory at a time."""
+        import torch
+
+        info, like = self.info(one), self.info(other)
+        if (info.shape, info.dtype) != (like.shape, like.dtype):
+            return False
+        step = max(1, _COMPARED_AT_ONCE * info.rows // max(info.nbytes, 1))
+        ranges = ((first, min(first + step, info.rows)) for first in range(0, info.rows, step))
+        return all(torch.equal(self.read_bytes(one, *rows), self.read_bytes(other, *rows)) for rows in ranges)
 
     def read_into(self, name: str, first: int, last: int, data: memoryview) -> None:
         """Put the bytes of rows [first, last) into a buffer of their size."""
