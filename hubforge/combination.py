@@ -53,12 +53,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A tensor W as W + λ · the sum of its parts, in their order; float32.
+    """A tensor W of the base as W + λ · the sum of its parts, in their order; float32.
 
     elects: only what agrees with the sign of the sum is added up; with `normalize`, over the sum of their weights.
     """
 
-    origin: str
     parts: Sequence[Part]
     elects: bool
     normalize: bool

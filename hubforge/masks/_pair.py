@@ -12,6 +12,7 @@ from hubforge.errors import SourceError, StepError
 from hubforge.tensors.dtypes import FLOATS
 from hubforge.tensors.names import Aliases, layer_of
 from hubforge.tensors.reader import Checkpoint, open_checkpoint
+from hubforge.tensors.rounding import is_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,8 +137,7 @@ class Weighed:
 
 
 def _damaged(checkpoint: Checkpoint, name: str) -> str:
-    whole = checkpoint.read(name).isfinite().all()
-    return "" if bool(whole) else f"{name} of {checkpoint.info(name).file}"
+    return "" if is_finite(checkpoint.read(name).float()) else f"{name} of {checkpoint.info(name).file}"
 
 
 def rounding_energy(values: Tensor, where: Tensor) -> float:

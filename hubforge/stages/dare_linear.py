@@ -66,4 +66,4 @@ class DareLinear(TaskVectors):
                 continue
             chosen = partial(choose, seed=self.seed, names=(index, at.name), first=first_element(at), chance=density)
             parts.append(Part(model, weight, 1 / resolved(density) if self.rescale else 1.0, chosen))
-        return Thinned(self.base_model, parts, self.elects, self.normalize, self.value(self.scale, at))
+        return Thinned(parts, self.elects, self.normalize, self.value(self.scale, at))

@@ -82,10 +82,9 @@ def _largest_left(multiply: Multiply, found: numpy.ndarray) -> float:
     block = _random(len(found), 1)
     for _ in range(_LOOKS):
         block -= found @ (found.T @ block)
-        block, _ = numpy.linalg.qr(block)
-        multiplied = multiply(block)
-        block, before = multiplied, block
-    return float(numpy.linalg.eigvalsh(before.T @ multiplied)[-1])
+        before, _ = numpy.linalg.qr(block)
+        block = multiply(before)
+    return float(numpy.linalg.eigvalsh(before.T @ block)[-1])
 
 
 def _random(m: int, which: int) -> numpy.ndarray:
