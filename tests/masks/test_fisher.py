@@ -158,14 +158,19 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     assert resumed == undisturbed
 
 
-def test_a_state_of_other_targets_is_not_taken(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def kill_at_the_end(fisher: Fisher, ctx: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample is in the saved state, and nothing was handed over."""
     with monkeypatch.context() as patch:
         patch.setattr(_engine, "SAVE_EVERY", 0.0)
         patch.setattr(Run, "_hand_over", lambda *_: killed())
         with pytest.raises(Killed):
-            op(targets="mlp").run(context(tmp_path / "out", tiny_llama))
+            fisher.run(ctx)
+
+
+def test_a_state_of_other_targets_is_not_taken(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at_the_end(op(targets="mlp"), context(tmp_path / "out", tiny_llama), monkeypatch)
     assert (tmp_path / "out" / "state").is_dir()
     assert op(targets="self_attn").run(context(tmp_path / "out", tiny_llama))["samples"] == 4
 
@@ -174,11 +179,7 @@ def test_a_state_of_another_plan_is_not_taken_and_that_is_said(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when other memory is free the second time; set by hand here."""
-    with monkeypatch.context() as patch:
-        patch.setattr(_engine, "SAVE_EVERY", 0.0)
-        patch.setattr(Run, "_hand_over", lambda *_: killed())
-        with pytest.raises(Killed):
-            op(batch_size=2).run(context(tmp_path / "out", tiny_llama))
+    kill_at_the_end(op(batch_size=2), context(tmp_path / "out", tiny_llama), monkeypatch)
     seen: list[Event] = []
     op(batch_size=4).run(context(tmp_path / "out", tiny_llama, report=seen.append))
     (said,) = [event.text for event in seen if isinstance(event, Note) and event.text.startswith("begun anew")]
